@@ -1,0 +1,1 @@
+"""Gin pages, found by short name through launch/config.py."""

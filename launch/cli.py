@@ -1,0 +1,80 @@
+"""What every command line shares: flags, `--gin.NAME=VALUE`, one-line errors, exit statuses."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags
+
+from t5like.errors import UserError
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_multi_string(
+    "gin_file", [], "A gin page; repeatable, later pages override earlier ones. Paths under "
+    "gin_configs/ are found from any directory."
+)
+flags.DEFINE_multi_string(
+    "gin_bindings", [], "A gin binding, 'NAME = VALUE'; --gin.NAME=VALUE says the same."
+)
+flags.DEFINE_string("workdir", None, "Directory of the run (any path that etils.epath reads).")
+flags.DEFINE_integer("seed", None, "Overrides train.seed.")
+
+
+def rewrite_gin_arguments(argv: Sequence[str]) -> list[str]:
+    """Turns `--gin.train.steps=20` into `--gin_bindings=train.steps = 20`."""
+    rewritten = []
+    for argument in argv:
+        for prefix in ("--gin.", "-gin."):
+            if argument.startswith(prefix):
+                name, equals, value = argument[len(prefix):].partition("=")
+                if not equals:
+                    raise UserError(f"{argument} has no value: write --gin.{name}=VALUE")
+                argument = f"--gin_bindings={name} = {value}"
+                break
+        rewritten.append(argument)
+    return rewritten
+
+
+def show_shared_flags() -> None:
+    """Lists the shared flags in the calling module's `--help`."""
+    for name in ("gin_file", "gin_bindings", "workdir", "seed"):
+        flags.declare_key_flag(name)
+
+
+def bindings() -> list[str]:
+    """The command line's gin bindings, `--seed` among them."""
+    extra = [] if FLAGS.seed is None else [f"train.seed = {FLAGS.seed}"]
+    return list(FLAGS.gin_bindings) + extra
+
+
+def complain(error: Exception) -> None:
+    """Prints an error as one line on standard error."""
+    print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+    """Parses flags, calls `main(positional arguments)`, and exits with its status.
+
+    A UserError ends in one line and status 1. Other exceptions keep their traceback: they are
+    ours to mend.
+    """
+
+    def guarded(argv: list[str]) -> None:
+        try:
+            status = main(argv[1:])
+        except UserError as error:
+            complain(error)
+            status = 1
+        except BrokenPipeError:
+            sys.stderr.close()
+            status = 141
+        sys.exit(status or 0)
+
+    try:
+        argv = rewrite_gin_arguments(sys.argv)
+    except UserError as error:
+        complain(error)
+        sys.exit(1)
+    app.run(guarded, argv=argv)

@@ -1,0 +1,250 @@
+"""gin pages: found by short name, composed left to right, with errors that say where and how.
+
+Every binding keeps the place it came from, so that errors, the saved config and the check of a
+resumed run can name it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+
+import gin
+from etils import epath
+from gin import config_parser
+
+from launch import registry
+from t5like.errors import UserError
+
+PAGES = pathlib.Path(__file__).resolve().parent.parent / "gin_configs"
+COMMAND_LINE = "command line"
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """A parsed and built configuration.
+
+    Attributes:
+      run: the `train` configurable, built: a launch.run_config.RunConfig.
+      bindings: "scope/Name.parameter" -> value as gin text, defaults included, for everything
+        that was built.
+      provenance: the same names -> "file:line", where a page or flag bound them.
+    """
+
+    run: object
+    bindings: dict[str, str]
+    provenance: dict[str, str]
+
+    def text(self) -> str:
+        """A gin page that rebuilds this configuration, each line with where it came from."""
+        lines = ["# The resolved configuration of this run; `default` marks what no page set."]
+        owner = None
+        for name, value in self.bindings.items():
+            if name.rpartition(".")[0] != owner:
+                owner = name.rpartition(".")[0]
+                lines.append("")
+            lines.append(f"{name} = {value}  # {self.provenance.get(name, 'default')}")
+        return "\n".join(lines) + "\n"
+
+
+def find_page(name: str, beside: str | None = None) -> epath.Path:
+    """The file that a `--gin_file` or an include means.
+
+    Looked for as given, beside the including page, then among this library's own pages with or
+    without the leading `gin_configs/`.
+
+    Raises:
+      UserError: there is no such file; names the nearest page.
+    """
+    candidates = [epath.Path(name)]
+    if beside is not None:
+        candidates.append(epath.Path(beside).parent / name)
+    candidates += [epath.Path(PAGES.parent) / name, epath.Path(PAGES) / name]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    known = sorted(str(p.relative_to(PAGES.parent)) for p in PAGES.rglob("*.gin"))
+    raise UserError(f"gin file {name!r} does not exist{_nearest(name, known)}")
+
+
+def parse(gin_files: Sequence[str], bindings: Sequence[str] = ()) -> dict[str, str]:
+    """Binds pages left to right, then single bindings; returns name -> "file:line".
+
+    Raises:
+      UserError: anything that gin cannot read or does not know.
+    """
+    registry.register_all()
+    gin.clear_config()
+    provenance: dict[str, str] = {}
+    for name in gin_files:
+        page = find_page(name)
+        _bind(page.read_text(), str(page), provenance)
+    for binding in bindings:
+        _bind(binding, COMMAND_LINE, provenance)
+    return provenance
+
+
+def load(gin_files: Sequence[str], bindings: Sequence[str] = ()) -> Resolved:
+    """Parses and builds a run's configuration.
+
+    Raises:
+      UserError: an unknown or misspelt binding, a missing required one, a value that its class
+        refuses; names file, line, binding and the nearest valid name.
+    """
+    if not gin_files and not bindings:
+        raise UserError(
+            "no configuration: pass --gin_file=gin_configs/runs/quickstart.gin or another page"
+        )
+    provenance = parse(gin_files, bindings)
+    run = build("train", provenance)
+    operative = _operative()
+    return Resolved(run, operative, {k: v for k, v in provenance.items() if k in operative})
+
+
+def build(name: str, provenance: dict[str, str]):
+    """Calls the configurable `name` with its bindings; gin's errors become UserErrors."""
+    try:
+        return gin.get_configurable(name)()
+    except UserError as error:
+        raise UserError(_with_place(str(error), provenance)) from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(_explain_build(str(error), provenance)) from error
+
+
+# --- parsing ---------------------------------------------------------------------------------
+
+
+def _bind(text: str, source: str, provenance: dict[str, str]) -> None:
+    """Applies every statement of one page or flag."""
+    place = source
+    try:
+        parser = config_parser.ConfigParser(text, gin.config.ParserDelegate())
+        for statement in parser:
+            line = statement.location.line_num
+            place = source if source == COMMAND_LINE else f"{_short(source)}:{line}"
+            if isinstance(statement, config_parser.BindingStatement):
+                _bind_one(statement, place, provenance)
+            elif isinstance(statement, config_parser.IncludeStatement):
+                page = find_page(statement.filename, beside=source)
+                _bind(page.read_text(), str(page), provenance)
+            elif isinstance(statement, config_parser.ImportStatement):
+                raise UserError(f"{place}: gin imports are not used here; delete the line")
+    except UserError:
+        raise
+    except (SyntaxError, ValueError, TypeError) as error:
+        raise UserError(_explain(error, place, source, text)) from error
+
+
+def _bind_one(statement, place: str, provenance: dict[str, str]) -> None:
+    scope, selector, parameter, value, _ = statement
+    if not parameter:
+        name = f"{scope}/{selector}" if scope else selector
+        gin.bind_parameter((name, "gin.macro", "value"), value)
+        provenance[f"{name}/macro.value"] = place
+        return
+    gin.bind_parameter((scope, selector, parameter), value)
+    short = selector.rpartition(".")[2]
+    provenance[f"{scope + '/' if scope else ''}{short}.{parameter}"] = place
+
+
+def _short(path: str) -> str:
+    """A page's name as a user would type it."""
+    try:
+        return str(pathlib.Path(path).relative_to(PAGES.parent))
+    except ValueError:
+        return os.path.relpath(path) if "://" not in path else path
+
+
+# --- what was built --------------------------------------------------------------------------
+
+
+def _operative() -> dict[str, str]:
+    """Every parameter that the build used, as gin text, in gin's order."""
+    bindings: dict[str, str] = {}
+    for statement in gin.operative_config_str(max_line_length=10**6).splitlines():
+        if statement.startswith("#") or " = " not in statement:
+            continue
+        name, _, value = statement.partition(" = ")
+        bindings[name.removeprefix("t5like.")] = value
+    return bindings
+
+
+# --- errors ----------------------------------------------------------------------------------
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _parameters(name: str) -> list[str]:
+    selector = gin.config._REGISTRY.matching_selectors(name)
+    if not selector:
+        return []
+    arguments = gin.config._get_cached_arg_spec(gin.config._REGISTRY[selector[0]].wrapped)
+    return arguments.args + arguments.kwonlyargs
+
+
+def _configurables() -> list[str]:
+    return ["train", *registry.configurable_classes()]
+
+
+def _explain(error: Exception, place: str, source: str, text: str) -> str:
+    """One line for an error that came up while reading a page."""
+    message = str(error).split("\n")[0]
+    line = getattr(error, "lineno", None)
+    if isinstance(error, SyntaxError):
+        if source == COMMAND_LINE:
+            return (
+                f"{COMMAND_LINE}: cannot read the value in --gin.{text.replace(' = ', '=')}: "
+                "strings need quotes, as in --gin.NAME=\"'value'\""
+            )
+        return f"{_short(source)}:{line or '?'}: {message}"
+    unknown = re.search(r"No configurable matching '?([\w./]+)'?", message)
+    if unknown:
+        # The parser raises on a reference before the statement is yielded: find its line.
+        name = unknown[1].rpartition("/")[2]
+        if source != COMMAND_LINE:
+            at = next((i for i, s in enumerate(text.splitlines(), 1) if name in s), "?")
+            place = f"{_short(source)}:{at}"
+        return f"{place}: there is no configurable {name!r}{_nearest(name, _configurables())}"
+    parameter = re.search(r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", message)
+    if parameter:
+        owner, name = parameter.groups()
+        near = _nearest(name, _parameters(owner))
+        return f"{place}: {owner} has no parameter {name!r}{near}"
+    return f"{place}: {message}"
+
+
+def _explain_build(message: str, provenance: dict[str, str]) -> str:
+    """One line for an error that came up while building what the pages describe."""
+    first = message.split("\n")[0]
+    missing = re.search(r"missing \d+ required (?:positional |keyword-only )?arguments?: (.*)", first)
+    required = re.search(r"Required bindings for `([\w.]+)` not provided.*: (\[.*?\])", message)
+    owner = re.search(r"In call to configurable '([\w.]+)'", message)
+    if missing or required:
+        who = required[1] if required else (owner[1] if owner else "train")
+        names = (required[2] if required else missing[1]).strip("[]")
+        return (
+            f"{who} needs {names}: bind it in a gin page or with --gin.{who}.NAME=VALUE"
+        )
+    macro = re.search(r"macro[^\n]*?'?([\w/]+)/gin\.macro", message)
+    if macro:
+        return f"the gin macro {macro[1]!r} is used but never given a value"
+    return _with_place(first, provenance, owner[1] if owner else None)
+
+
+def _with_place(message: str, provenance: dict[str, str], owner: str | None = None) -> str:
+    """Appends where the bindings that a message names were made."""
+    places = [
+        f"{name} at {place}"
+        for name, place in provenance.items()
+        if re.search(rf"\b{re.escape(name)}\b", message)
+    ]
+    if places:
+        return f"{message} ({', '.join(places)})"
+    return f"{message} (in {owner})" if owner else message

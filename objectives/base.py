@@ -1,0 +1,94 @@
+"""The interface of an objective: the only thing that differs between MLM, UL2, ELECTRA, ...
+
+Host half (NumPy, pure functions of a record and a generator): `unit`, `bounds`, `corrupt`.
+Device half (JAX, pure): `network`, `losses`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from t5like.data.examples import Example, Lengths, Record, Unit
+from t5like.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What an objective is bound to before it can work.
+
+    Attributes:
+      architecture: "encoder", "decoder" or "encoder_decoder".
+      vocabulary: see t5like/data/vocabularies.
+      length: tokens of a row (an encoder's inputs, or the one row of an encoder or decoder).
+      targets_length: tokens of an encoder-decoder's decoder row; None: the objective decides.
+      corpus: the training corpus, for objectives that keep corpus statistics.
+    """
+
+    architecture: str
+    vocabulary: Any
+    length: int
+    targets_length: int | None = None
+    corpus: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """Base of all objectives. Fields are hyperparameters; `setting` is filled in by `bind`."""
+
+    architectures: ClassVar[tuple[str, ...]] = ()
+    setting: Setting | None = dataclasses.field(default=None, kw_only=True, repr=False)
+
+    def bind(self, setting: Setting) -> "Objective":
+        """Returns a copy that knows its vocabulary and lengths, or raises UserError."""
+        if setting.architecture not in self.architectures:
+            raise UserError(
+                f"{type(self).__name__} cannot train architecture {setting.architecture!r}; it "
+                f"trains {' or '.join(self.architectures)}: set ModelConfig.architecture"
+            )
+        return dataclasses.replace(self, setting=setting)
+
+    def components(self) -> Mapping[str, tuple["Objective", float]]:
+        """Name -> (bound objective, rate), for mixtures drawn per example; itself by default."""
+        return {type(self).__name__: (self, 1.0)}
+
+    # --- host half ---
+
+    @property
+    def unit(self) -> Unit:
+        """How the corpus is cut for this objective."""
+        raise NotImplementedError
+
+    @property
+    def lengths(self) -> Lengths:
+        """The row lengths that batches need (`targets` is 0 unless encoder_decoder)."""
+        raise NotImplementedError
+
+    def bounds(self, raw_length: int, rng: np.random.Generator) -> Lengths:
+        """Upper bounds for a record of raw_length tokens; rng is what `corrupt` will be given."""
+        raise NotImplementedError
+
+    def corrupt(self, record: Record, rng: np.random.Generator) -> Example:
+        """A pure function of (record, rng)."""
+        raise NotImplementedError
+
+    # --- device half ---
+
+    def network(self, config: Any) -> Any:
+        """A flax Module with the backbone at `model/` and heads by name."""
+        raise NotImplementedError
+
+    def losses(self, apply, params, frozen, batch, rng, train: bool) -> dict[str, Any]:
+        """Name -> t5like.training.terms.Term for one batch.
+
+        Args:
+          apply: the network's `apply`.
+          params, frozen: parameter trees (trained; and teachers and the like).
+          batch: {feature: [B, L]}.
+          rng: a key for dropout and in-step sampling.
+          train: whether dropout is on.
+        """
+        raise NotImplementedError
