@@ -1,0 +1,7 @@
+"""Attention kernels and the symbolic masks they obey. Imports jax and numpy alone."""
+
+from kernels import masks
+from kernels.bias import RelativeBias, relative_position_bucket
+from kernels.block_sparse_attention import attention
+
+__all__ = ["RelativeBias", "attention", "masks", "relative_position_bucket"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from t5like.errors import UserError
 
@@ -37,12 +37,6 @@ def rewrite_gin_arguments(argv: Sequence[str]) -> list[str]:
     return rewritten
 
 
-def show_shared_flags() -> None:
-    """Lists the shared flags in the calling module's `--help`."""
-    for name in ("gin_file", "gin_bindings", "workdir", "seed"):
-        flags.declare_key_flag(name)
-
-
 def bindings() -> list[str]:
     """The command line's gin bindings, `--seed` among them."""
     extra = [] if FLAGS.seed is None else [f"train.seed = {FLAGS.seed}"]
@@ -62,6 +56,9 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     """
 
     def guarded(argv: list[str]) -> None:
+        if not FLAGS["verbosity"].present:
+            # Libraries log every save at INFO; `--verbosity=0` shows it.
+            logging.set_verbosity(logging.WARNING)
         try:
             status = main(argv[1:])
         except UserError as error:

@@ -11,6 +11,7 @@ import difflib
 import os
 import pathlib
 import re
+import tokenize
 from collections.abc import Sequence
 
 import gin
@@ -100,6 +101,7 @@ def load(gin_files: Sequence[str], bindings: Sequence[str] = ()) -> Resolved:
             "no configuration: pass --gin_file=gin_configs/runs/quickstart.gin or another page"
         )
     provenance = parse(gin_files, bindings)
+    _check_values(provenance)
     run = build("train", provenance)
     operative = _operative()
     return Resolved(run, operative, {k: v for k, v in provenance.items() if k in operative})
@@ -110,7 +112,8 @@ def build(name: str, provenance: dict[str, str]):
     try:
         return gin.get_configurable(name)()
     except UserError as error:
-        raise UserError(_with_place(str(error), provenance)) from error
+        # gin appends lines of its own about where in a call it happened.
+        raise UserError(_with_place(str(error).split("\n")[0], provenance)) from error
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(_explain_build(str(error), provenance)) from error
 
@@ -135,7 +138,7 @@ def _bind(text: str, source: str, provenance: dict[str, str]) -> None:
                 raise UserError(f"{place}: gin imports are not used here; delete the line")
     except UserError:
         raise
-    except (SyntaxError, ValueError, TypeError) as error:
+    except (SyntaxError, tokenize.TokenError, ValueError, TypeError) as error:
         raise UserError(_explain(error, place, source, text)) from error
 
 
@@ -157,6 +160,26 @@ def _short(path: str) -> str:
         return str(pathlib.Path(path).relative_to(PAGES.parent))
     except ValueError:
         return os.path.relpath(path) if "://" not in path else path
+
+
+def _check_values(provenance: dict[str, str]) -> None:
+    """Raises UserError where a macro or a %gin.REQUIRED was never given a value."""
+    for name, place in provenance.items():
+        for reference in gin.config.iterate_references(_bound(name)):
+            macro, _, kind = reference.scoped_selector.rpartition("/")
+            if macro == "gin.REQUIRED":
+                raise UserError(f"{name} needs a value ({place}): pass --gin.{name}=VALUE")
+            if kind == "gin.macro" and f"{macro}/macro.value" not in provenance:
+                raise UserError(
+                    f"{place}: {name} uses the macro %{macro}, which no page gives a value: add "
+                    f"`{macro} = VALUE` to a page or pass --gin.{macro}=VALUE"
+                )
+
+
+def _bound(name: str):
+    """What a binding is set to, references unresolved."""
+    key = name.replace("/macro.value", "/gin.macro.value")
+    return gin.config.query_parameter(key)
 
 
 # --- what was built --------------------------------------------------------------------------
@@ -197,14 +220,16 @@ def _explain(error: Exception, place: str, source: str, text: str) -> str:
     """One line for an error that came up while reading a page."""
     message = str(error).split("\n")[0]
     line = getattr(error, "lineno", None)
-    if isinstance(error, SyntaxError):
+    if isinstance(error, tokenize.TokenError):
+        message, (line, _) = error.args
+    if isinstance(error, (SyntaxError, tokenize.TokenError)):
         if source == COMMAND_LINE:
             return (
                 f"{COMMAND_LINE}: cannot read the value in --gin.{text.replace(' = ', '=')}: "
                 "strings need quotes, as in --gin.NAME=\"'value'\""
             )
         return f"{_short(source)}:{line or '?'}: {message}"
-    unknown = re.search(r"No configurable matching '?([\w./]+)'?", message)
+    unknown = re.search(r"No configurable matching (?:reference )?'@?([\w./]+)", message)
     if unknown:
         # The parser raises on a reference before the statement is yielded: find its line.
         name = unknown[1].rpartition("/")[2]
@@ -212,7 +237,7 @@ def _explain(error: Exception, place: str, source: str, text: str) -> str:
             at = next((i for i, s in enumerate(text.splitlines(), 1) if name in s), "?")
             place = f"{_short(source)}:{at}"
         return f"{place}: there is no configurable {name!r}{_nearest(name, _configurables())}"
-    parameter = re.search(r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", message)
+    parameter = re.search(r"'([\w.]+)' doesn't have a parameter named '(\w+)'", message)
     if parameter:
         owner, name = parameter.groups()
         near = _nearest(name, _parameters(owner))
@@ -223,18 +248,15 @@ def _explain(error: Exception, place: str, source: str, text: str) -> str:
 def _explain_build(message: str, provenance: dict[str, str]) -> str:
     """One line for an error that came up while building what the pages describe."""
     first = message.split("\n")[0]
-    missing = re.search(r"missing \d+ required (?:positional |keyword-only )?arguments?: (.*)", first)
+    missing = re.search(r"missing \d+ required (?:[\w-]+ )?arguments?: (.*)", first)
     required = re.search(r"Required bindings for `([\w.]+)` not provided.*: (\[.*?\])", message)
     owner = re.search(r"In call to configurable '([\w.]+)'", message)
     if missing or required:
         who = required[1] if required else (owner[1] if owner else "train")
         names = (required[2] if required else missing[1]).strip("[]")
         return (
-            f"{who} needs {names}: bind it in a gin page or with --gin.{who}.NAME=VALUE"
+            f"{who} needs {names}: add a gin page that binds them, or --gin.{who}.NAME=VALUE"
         )
-    macro = re.search(r"macro[^\n]*?'?([\w/]+)/gin\.macro", message)
-    if macro:
-        return f"the gin macro {macro[1]!r} is used but never given a value"
     return _with_place(first, provenance, owner[1] if owner else None)
 
 

@@ -11,9 +11,13 @@ import functools
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterator
+import typing
+from collections.abc import Iterator, Mapping
 
 import gin
+from flax import linen as nn
+
+from t5like.errors import UserError
 
 ROOMS = (
     "objectives",
@@ -23,8 +27,9 @@ ROOMS = (
     "t5like.training.optimizers",
     "t5like.training.schedules",
 )
-# Fields that the program fills in, never a gin page.
+# What the program fills in, never a gin page.
 INTERNAL_FIELDS = {"setting"}
+INTERNAL_CLASSES = {"Setting"}
 
 
 def modules(name: str) -> Iterator:
@@ -36,14 +41,20 @@ def modules(name: str) -> Iterator:
 
 
 def configurable_classes() -> dict[str, type]:
-    """Name -> every public dataclass that is defined in one of the rooms."""
+    """Name -> every public dataclass defined in one of the rooms that is no other's base."""
     found = {}
     for room in ROOMS:
         for module in modules(room):
             for name, cls in inspect.getmembers(module, dataclasses.is_dataclass):
-                if cls.__module__ == module.__name__ and not name.startswith("_"):
+                ours = cls.__module__ == module.__name__ and not name.startswith("_")
+                if ours and not issubclass(cls, nn.Module):
                     found[name] = cls
-    return found
+    bases = {base for cls in found.values() for base in cls.__mro__[1:]}
+    return {
+        name: cls
+        for name, cls in found.items()
+        if cls not in bases and name not in INTERNAL_CLASSES
+    }
 
 
 def register(cls: type, name: str) -> None:
@@ -55,6 +66,7 @@ def register(cls: type, name: str) -> None:
 
     @functools.wraps(cls, updated=())
     def make(*args, **kwargs):
+        check_types(cls, name, inspect.signature(cls).bind_partial(*args, **kwargs).arguments)
         return cls(*args, **kwargs)
 
     signature = inspect.signature(cls)
@@ -62,6 +74,24 @@ def register(cls: type, name: str) -> None:
     make.__signature__ = signature.replace(parameters=kept, return_annotation=cls)
     del make.__wrapped__
     gin.external_configurable(make, name=name, module="t5like")
+
+
+def check_types(cls: type, name: str, values: Mapping[str, object]) -> None:
+    """Raises UserError where a plainly typed field is given a value of another type.
+
+    Only fields made of int, float, bool, str and None are checked; gin itself checks nothing.
+    """
+    for field, hint in typing.get_type_hints(cls).items():
+        allowed = set(typing.get_args(hint) or (hint,))
+        if field not in values or not allowed <= {int, float, bool, str, type(None)}:
+            continue
+        value = values[field]
+        if type(value) in allowed or (type(value) is int and float in allowed):
+            continue
+        if isinstance(value, float) and int in allowed and value.is_integer():
+            continue
+        wanted = " or ".join(sorted(t.__name__.replace("NoneType", "None") for t in allowed))
+        raise UserError(f"{name}.{field} is {value!r}; it must be {wanted}")
 
 
 @functools.cache

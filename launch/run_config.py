@@ -94,7 +94,7 @@ class RunConfig:
         for name in ("objective", "model", "source", "vocabulary", "optimizer"):
             value = getattr(self, name)
             if value is None or isinstance(value, str):
-                raise UserError(f"train.{name} is {value!r}; bind it to a reference such as @Name()")
+                raise UserError(f"train.{name} is {value!r}; bind it to a @Reference()")
         for name in ("batch_size", "length", "accumulate", "log_every", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} is {getattr(self, name)}; it must be at least 1")

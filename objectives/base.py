@@ -42,7 +42,7 @@ class Objective:
     architectures: ClassVar[tuple[str, ...]] = ()
     setting: Setting | None = dataclasses.field(default=None, kw_only=True, repr=False)
 
-    def bind(self, setting: Setting) -> "Objective":
+    def bind(self, setting: Setting) -> Objective:
         """Returns a copy that knows its vocabulary and lengths, or raises UserError."""
         if setting.architecture not in self.architectures:
             raise UserError(
@@ -51,9 +51,13 @@ class Objective:
             )
         return dataclasses.replace(self, setting=setting)
 
-    def components(self) -> Mapping[str, tuple["Objective", float]]:
+    def components(self) -> Mapping[str, tuple[Objective, float]]:
         """Name -> (bound objective, rate), for mixtures drawn per example; itself by default."""
         return {type(self).__name__: (self, 1.0)}
+
+    def evaluation(self) -> Objective:
+        """What held-out data is measured with: itself, unless evaluation fixes a setting."""
+        return self
 
     # --- host half ---
 
@@ -86,9 +90,16 @@ class Objective:
 
         Args:
           apply: the network's `apply`.
-          params, frozen: parameter trees (trained; and teachers and the like).
+          params, frozen: parameter trees (trained; and teachers and the like), each the contents
+            of a "params" collection.
           batch: {feature: [B, L]}.
           rng: a key for dropout and in-step sampling.
           train: whether dropout is on.
         """
         raise NotImplementedError
+
+    def train_flops(self, config: Any, spec: Mapping[str, tuple]) -> float:
+        """Model FLOPs of a training step (three forward passes) on a batch of this spec."""
+        from t5like.models.flops import forward_flops
+
+        return 3.0 * forward_flops(config, spec)

@@ -50,11 +50,13 @@ class Record:
       tokens: int32 [R].
       documents: int32 [R], the index of the document within this record, from 0 and rising.
       metadata: the corpus's metadata columns for the first document.
+      ends_document: of a record cut by `Document`, whether it reaches its document's end.
     """
 
     tokens: np.ndarray
     documents: np.ndarray
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    ends_document: bool = True
 
 
 # --- examples: what a model is asked ---------------------------------------------------------

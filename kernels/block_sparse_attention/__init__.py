@@ -1,0 +1,5 @@
+"""Attention under a symbolic mask: one call, several backends."""
+
+from kernels.block_sparse_attention.api import attention
+
+__all__ = ["attention"]

@@ -1,0 +1,179 @@
+"""From a RunConfig to the parts of a run: vocabulary, corpora, model, objective, batches, loss.
+
+Every command line assembles here, so that training, evaluation, generation and
+`show_examples` see the same thing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from launch.run_config import RunConfig
+from objectives.base import Objective, Setting
+from t5like.data.corpus import Corpus, build_corpus
+from t5like.data.pipeline import Component, Pipeline
+from t5like.models.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The host half of a run.
+
+    Attributes:
+      vocabulary: resolved (a trained one is trained or read from the cache).
+      corpora: name -> (corpus, rate); the only name of a run of one source is "".
+      model: the ModelConfig with its vocab_size filled in.
+      objective: bound.
+      pipeline: training batches, a function of (seed, step).
+    """
+
+    vocabulary: Any
+    corpora: Mapping[str, tuple[Corpus, float]]
+    model: ModelConfig
+    objective: Objective
+    pipeline: Pipeline
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """The device half of a run.
+
+    Attributes:
+      module: the flax module that holds the backbone and the objective's heads.
+      init: key -> parameters.
+      loss: (params, frozen, batch, rng, train) -> {name: Term}.
+      flops_per_step: model FLOPs of one training step, forward and backward.
+    """
+
+    module: Any
+    init: Callable
+    loss: Callable
+    flops_per_step: float
+
+
+def cache_directory(config: RunConfig, workdir: str | None) -> epath.Path:
+    """Where vocabularies and corpora are built: train.cache_dir, else the workdir's cache."""
+    if config.cache_dir is not None:
+        return epath.Path(config.cache_dir)
+    return epath.Path(workdir or "runs") / "cache"
+
+
+def resolve_vocabulary(config: RunConfig, cache: epath.Path):
+    """The vocabulary, trained on the first source at first use if it is a trained one."""
+    source = next(iter(config.sources().values()))[0]
+    return config.vocabulary.resolve(source, cache)
+
+
+def open_corpus(source, vocabulary, cache: epath.Path, *, progress: bool = True) -> Corpus:
+    """The tokenised store of a source, built at first use."""
+    directory = cache / f"corpus-{source.fingerprint()}-{vocabulary.fingerprint()}"
+    return build_corpus(source, vocabulary, directory, progress=progress)
+
+
+def bind(config: RunConfig, vocabulary, corpus: Corpus | None) -> Objective:
+    """The run's objective, bound to its vocabulary and lengths."""
+    return config.objective.bind(
+        Setting(
+            architecture=config.model.architecture,
+            vocabulary=vocabulary,
+            length=config.length,
+            targets_length=config.targets_length,
+            corpus=corpus,
+        )
+    )
+
+
+def sized(model: ModelConfig, vocabulary) -> ModelConfig:
+    """The model with its embedding sized from the vocabulary, if no page sized it."""
+    if model.vocab_size is not None:
+        return model
+    rows = -(-vocabulary.size // model.vocab_multiple) * model.vocab_multiple
+    return dataclasses.replace(model, vocab_size=rows)
+
+
+def make_pipeline(
+    config: RunConfig,
+    vocabulary,
+    objective: Objective,
+    corpora: Mapping[str, tuple[Corpus, float]],
+    cache: epath.Path,
+    *,
+    seed: int | None = None,
+    shuffle: bool | None = None,
+) -> Pipeline:
+    """Batches of every component of the objective over every corpus."""
+    components = [
+        Component(
+            name="/".join(part for part in (corpus_name, name) if part),
+            corpus=corpus,
+            objective=part_objective,
+            rate=corpus_rate * rate,
+        )
+        for corpus_name, (corpus, corpus_rate) in corpora.items()
+        for name, (part_objective, rate) in objective.components().items()
+    ]
+    return Pipeline(
+        components,
+        vocabulary=vocabulary,
+        architecture=config.model.architecture,
+        length=objective.lengths.inputs,
+        targets_length=objective.lengths.targets,
+        batch_size=config.batch_size,
+        seed=config.seed if seed is None else seed,
+        pack=config.pack,
+        attend_across_documents=config.attend_across_documents,
+        shuffle=config.shuffle if shuffle is None else shuffle,
+        cache_dir=cache / "packing",
+    )
+
+
+def assemble_data(config: RunConfig, workdir: str | None, *, progress: bool = True) -> Data:
+    """Vocabulary, corpora, bound objective and training batches of a run."""
+    cache = cache_directory(config, workdir)
+    vocabulary = resolve_vocabulary(config, cache)
+    # An objective that cannot train this architecture must say so before the corpus is built.
+    bind(config, vocabulary, None)
+    corpora = {
+        name: (open_corpus(source, vocabulary, cache, progress=progress), rate)
+        for name, (source, rate) in config.sources().items()
+    }
+    objective = bind(config, vocabulary, next(iter(corpora.values()))[0])
+    model = sized(config.model, vocabulary)
+    pipeline = make_pipeline(config, vocabulary, objective, corpora, cache)
+    return Data(vocabulary, corpora, model, objective, pipeline)
+
+
+def assemble_eval(config: RunConfig, data: Data, name: str, workdir: str | None) -> Pipeline:
+    """The held-out batches of one eval, in the corpus's own order and under a fixed seed."""
+    cache = cache_directory(config, workdir)
+    corpus = open_corpus(config.evals[name], data.vocabulary, cache)
+    objective = data.objective.evaluation()
+    return make_pipeline(
+        config, data.vocabulary, objective, {"": (corpus, 1.0)}, cache, seed=0, shuffle=False
+    )
+
+
+def assemble_network(objective: Objective, model: ModelConfig, pipeline: Pipeline) -> Network:
+    """Initialiser, loss and FLOPs of the objective's network for the pipeline's batches."""
+    import jax
+    from flax import linen as nn
+
+    module = objective.network(model)
+    spec = pipeline.spec()
+    one_row = {name: np.zeros((1, *shape[1:]), dtype) for name, (shape, dtype) in spec.items()}
+
+    def init(key):
+        return nn.unbox(module.init({"params": key}, one_row))["params"]
+
+    return Network(
+        module=module,
+        init=jax.jit(init),
+        loss=functools.partial(objective.losses, module.apply),
+        flops_per_step=objective.train_flops(model, spec),
+    )

@@ -1,0 +1,121 @@
+"""What the objectives that predict the next token share: fields, the device half, small arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from objectives.base import Objective, Setting
+from t5like.data.examples import Record
+from t5like.errors import UserError
+
+Cut = Literal["window", "document"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NextToken(Objective):
+    """Base of objectives whose loss is the cross-entropy of shifted decoder targets.
+
+    Attributes:
+      cut: what a record is: a "window" over the stream of documents, or a "document" (longer
+        ones in consecutive pieces).
+      z_loss: coefficient of log(Z)^2 per token; T5 trains with 1e-4 (Mesh TensorFlow, and
+        Chowdhery et al. 2022, section 5, who give it its name).
+      label_smoothing: probability mass spread over the other tokens.
+    """
+
+    cut: Cut = "window"
+    z_loss: float = 1e-4
+    label_smoothing: float = 0.0
+
+    def __post_init__(self):
+        check_choice(self, "cut", ("window", "document"))
+        check_range(self, "z_loss", 0.0, 1.0)
+        check_range(self, "label_smoothing", 0.0, 0.999)
+
+    def bind(self, setting: Setting) -> Self:
+        bound = super().bind(setting)
+        if setting.vocabulary.eos_id is None:
+            raise UserError(
+                f"{type(setting.vocabulary).__name__} has no end-of-sequence token, which "
+                f"{type(self).__name__} needs: use a vocabulary that has one"
+            )
+        return bound
+
+    @functools.cached_property
+    def _eos(self) -> int:
+        return self.setting.vocabulary.eos_id
+
+    @property
+    def usual_predictions(self) -> int | None:
+        """Positions of a row whose logits are computed, see heads.token_losses; None: all."""
+        return None
+
+    # JAX is imported here, not above: a data loader's worker needs the host half only.
+
+    def network(self, config: Any) -> Any:
+        from objectives import heads
+
+        return heads.LanguageModel(config)
+
+    def losses(self, apply, params, frozen, batch, rng, train: bool) -> dict[str, Any]:
+        from objectives import heads
+
+        del frozen
+        return heads.next_token_losses(
+            apply, params, batch, rng, train,
+            z_loss=self.z_loss,
+            label_smoothing=self.label_smoothing,
+            predictions=self.usual_predictions,
+        )  # fmt: skip
+
+
+# --- checks of fields ------------------------------------------------------------------------
+
+
+def check_choice(objective: Objective, field: str, choices: tuple[str, ...]) -> None:
+    """Raises UserError unless the field is one of the choices."""
+    value = getattr(objective, field)
+    if value not in choices:
+        raise UserError(
+            f"{type(objective).__name__}.{field} is {value!r}; set it to "
+            f"{' or '.join(map(repr, choices))}"
+        )
+
+
+def check_range(objective: Objective, field: str, least: float, most: float) -> None:
+    """Raises UserError unless least <= field <= most."""
+    value = getattr(objective, field)
+    if not least <= value <= most:
+        raise UserError(
+            f"{type(objective).__name__}.{field} is {value}; it must lie in [{least:g}, {most:g}]"
+        )
+
+
+# --- small arrays ----------------------------------------------------------------------------
+
+
+def append(values: np.ndarray, value: int) -> np.ndarray:
+    """values [n] with one more at the end, [n + 1]."""
+    longer = np.empty(len(values) + 1, values.dtype)
+    longer[:-1] = values
+    longer[-1] = value
+    return longer
+
+
+def append_last(documents: np.ndarray | None) -> np.ndarray | None:
+    """Document ids [n] with the last one repeated for an EOS, [n + 1]; None stays None."""
+    if documents is None:
+        return None
+    return append(documents, documents[-1] if len(documents) else 0)
+
+
+def several_documents(record: Record) -> np.ndarray | None:
+    """The record's document ids, or None where it is one document."""
+    documents = record.documents
+    if len(documents) == 0 or documents[0] == documents[-1]:
+        return None
+    return documents

@@ -1,0 +1,226 @@
+"""Examples -> the arrays a model reads. The only place that shifts, puts BOS, flags and packs.
+
+The features and their names are those of seqio's feature converters, with three differences:
+segment ids and positions are always there, padding is where the segment id is 0 (token 0 may be
+a real token), and in a row that is not full the slot after the last example holds BOS, packed or
+not (seqio repeats the last target there when it does not pack). Nothing is lost at padding slots:
+their weight is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from t5like.data.examples import Aligned, Example, Seq2Seq
+
+FEATURES = {
+    "encoder": (
+        "encoder_input_tokens",
+        "encoder_target_tokens",
+        "encoder_loss_weights",
+        "encoder_segment_ids",
+        "encoder_positions",
+    ),
+    "decoder": (
+        "decoder_input_tokens",
+        "decoder_target_tokens",
+        "decoder_loss_weights",
+        "decoder_segment_ids",
+        "decoder_positions",
+        "decoder_causal_attention",
+    ),
+    "encoder_decoder": (
+        "encoder_input_tokens",
+        "encoder_segment_ids",
+        "encoder_positions",
+        "decoder_input_tokens",
+        "decoder_target_tokens",
+        "decoder_loss_weights",
+        "decoder_segment_ids",
+        "decoder_positions",
+    ),
+}
+
+
+class LayoutError(ValueError):
+    """An example does not fit its row or its architecture: an objective broke its bounds.
+
+    Attributes:
+      row, example: which one, in the rows given to `lay_out`.
+      reason: what does not fit.
+    """
+
+    def __init__(self, row: int, example: int, reason: str):
+        super().__init__(f"example {example} of row {row}: {reason}")
+        self.row, self.example, self.reason = row, example, reason
+
+
+def spec(
+    architecture: str, batch_size: int, length: int, targets_length: int | None
+) -> dict[str, tuple[tuple[int, int], np.dtype]]:
+    """{feature: (shape [B, L], dtype)} of a batch: int32, loss weights float32."""
+    decoder = targets_length if architecture == "encoder_decoder" else length
+    return {
+        name: (
+            (batch_size, decoder if name.startswith("decoder") else length),
+            np.dtype(np.float32 if name.endswith("weights") else np.int32),
+        )
+        for name in FEATURES[architecture]
+    }
+
+
+def lay_out(
+    rows: Sequence[Sequence[Example]],
+    *,
+    architecture: str,
+    length: int,
+    targets_length: int | None = None,
+    bos_id: int,
+    pad_id: int,
+    attend_across_documents: bool = True,
+) -> dict[str, np.ndarray]:
+    """Lays rows of examples out for an architecture.
+
+    Args:
+      rows: B rows of one or more examples each.
+      architecture: "encoder", "decoder" or "encoder_decoder".
+      length: tokens a row; of the encoder, if there are two.
+      targets_length: tokens of an encoder_decoder's decoder row.
+      bos_id: what a decoder reads first, at the start of every segment.
+      pad_id: token id of the empty slots.
+      attend_across_documents: False gives each document of an example its own segment id, the
+        same one on both sides of an encoder_decoder.
+
+    Returns:
+      {feature: [B, L]} as in `spec`. Positions count from 0 within each example.
+
+    Raises:
+      LayoutError: an example does not fit. Nothing is ever cut.
+    """
+    batch = {
+        name: np.full(shape, pad_id if name.endswith("tokens") else 0, dtype)
+        for name, (shape, dtype) in spec(architecture, len(rows), length, targets_length).items()
+    }
+    place = {
+        "encoder": _place_in_encoder,
+        "decoder": _place_in_decoder,
+        "encoder_decoder": _place_in_both,
+    }[architecture]
+    ramp = np.arange(max(length, targets_length or 0), dtype=np.int32)
+    for r, examples in enumerate(rows):
+        row = {name: array[r] for name, array in batch.items()}
+        at, segment = (0, 0), 1
+        for e, example in enumerate(examples):
+            try:
+                at, segment = place(
+                    row, at, segment, example, ramp, bos_id, attend_across_documents
+                )
+            except _DoesNotFit as error:
+                raise LayoutError(r, e, str(error)) from None
+    return batch
+
+
+class _DoesNotFit(Exception):
+    pass
+
+
+def _place_in_encoder(row, at, segment, example, ramp, bos_id, across):
+    if not isinstance(example, Aligned):
+        raise _DoesNotFit("an encoder is trained on Aligned examples only")
+    documents = None if across else example.documents
+    slots = _claim(row["encoder_segment_ids"], at[0], len(example.tokens), "tokens")
+    row["encoder_input_tokens"][slots] = example.tokens
+    row["encoder_target_tokens"][slots] = example.targets
+    row["encoder_loss_weights"][slots] = example.weights
+    row["encoder_segment_ids"][slots] = _segments(segment, documents)
+    row["encoder_positions"][slots] = _positions(example, ramp)
+    return (slots.stop, 0), segment + _count(documents)
+
+
+def _place_in_decoder(row, at, segment, example, ramp, bos_id, across):
+    if isinstance(example, Aligned):
+        documents = None if across else example.documents
+        slots = _claim(row["decoder_segment_ids"], at[0], len(example.tokens), "tokens")
+        row["decoder_input_tokens"][slots] = example.tokens
+        row["decoder_target_tokens"][slots] = example.targets
+        row["decoder_loss_weights"][slots] = example.weights
+        row["decoder_segment_ids"][slots] = _segments(segment, documents)
+        row["decoder_positions"][slots] = _positions(example, ramp)
+        row["decoder_causal_attention"][slots] = 1
+        return (slots.stop, 0), segment + _count(documents)
+    split, size = len(example.inputs), len(example.inputs) + len(example.targets)
+    slots = _claim(row["decoder_segment_ids"], at[0], size, "inputs and targets")
+    documents = None if across else _joined_documents(example)
+    row["decoder_target_tokens"][slots][:split] = example.inputs
+    row["decoder_target_tokens"][slots][split:] = example.targets
+    row["decoder_loss_weights"][slots][0 if example.loss_on_inputs else split :] = 1
+    row["decoder_segment_ids"][slots] = _segments(segment, documents)
+    row["decoder_positions"][slots] = ramp[:size]
+    if split and example.bidirectional_inputs:
+        # The inputs stand one slot late, behind BOS: the block is BOS and all `split` of them.
+        row["decoder_causal_attention"][slots][: split + 1] = 1
+    _shift(row, slots, bos_id, documents)
+    return (slots.stop, 0), segment + _count(documents)
+
+
+def _place_in_both(row, at, segment, example, ramp, bos_id, across):
+    if not isinstance(example, Seq2Seq):
+        raise _DoesNotFit("an encoder_decoder is trained on Seq2Seq examples only")
+    inputs = _claim(row["encoder_segment_ids"], at[0], len(example.inputs), "inputs")
+    targets = _claim(row["decoder_segment_ids"], at[1], len(example.targets), "targets")
+    in_documents = None if across else example.input_documents
+    out_documents = None if across else example.target_documents
+    row["encoder_input_tokens"][inputs] = example.inputs
+    row["encoder_segment_ids"][inputs] = _segments(segment, in_documents)
+    row["encoder_positions"][inputs] = ramp[: len(example.inputs)]
+    row["decoder_target_tokens"][targets] = example.targets
+    row["decoder_loss_weights"][targets] = 1
+    row["decoder_segment_ids"][targets] = _segments(segment, out_documents)
+    row["decoder_positions"][targets] = ramp[: len(example.targets)]
+    _shift(row, targets, bos_id, out_documents)
+    used = max(_count(in_documents), _count(out_documents))
+    return (inputs.stop, targets.stop), segment + used
+
+
+def _claim(segment_ids: np.ndarray, start: int, size: int, what: str) -> slice:
+    if start + size > len(segment_ids):
+        raise _DoesNotFit(
+            f"{size} {what} do not fit the {len(segment_ids) - start} slots left of "
+            f"{len(segment_ids)}; its objective promised smaller bounds"
+        )
+    return slice(start, start + size)
+
+
+def _shift(row, slots: slice, bos_id: int, documents: np.ndarray | None) -> None:
+    """Decoder inputs: the targets one slot later, BOS at the start of every segment."""
+    inputs, targets = row["decoder_input_tokens"], row["decoder_target_tokens"]
+    inputs[slots.start + 1 : slots.stop] = targets[slots.start : slots.stop][:-1]
+    inputs[slots.start : slots.start + 1] = bos_id
+    inputs[slots.stop : slots.stop + 1] = bos_id
+    if documents is not None:
+        inputs[slots][1:][documents[1:] != documents[:-1]] = bos_id
+
+
+def _segments(first: int, documents: np.ndarray | None) -> np.ndarray | int:
+    return first if documents is None else documents + first
+
+
+def _count(documents: np.ndarray | None) -> int:
+    """Segment ids that an example takes up."""
+    return 1 if documents is None or not len(documents) else int(documents.max()) + 1
+
+
+def _positions(example: Aligned, ramp: np.ndarray) -> np.ndarray:
+    return ramp[: len(example.tokens)] if example.positions is None else example.positions
+
+
+def _joined_documents(example: Seq2Seq) -> np.ndarray | None:
+    """Documents of inputs and targets in one row; a side without them is document 0."""
+    sides = (example.inputs, example.input_documents), (example.targets, example.target_documents)
+    if all(documents is None for _, documents in sides):
+        return None
+    return np.concatenate(
+        [np.zeros(len(x), np.int32) if documents is None else documents for x, documents in sides]
+    )

@@ -1,0 +1,202 @@
+"""batch(step): a pure function of (seed, step), whoever asks for it and in whatever order.
+
+Three index maps and no state:
+  step -> rows (arithmetic); row -> examples (t5like/data/packing.py, or one to one);
+  example -> (component, epoch, unit) (t5like/data/stream.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from t5like.data import layout
+from t5like.data.examples import Document, Lengths
+from t5like.data.packing import PackedRows
+from t5like.data.stream import Component, Drawn, ExampleStream
+from t5like.errors import UserError
+
+__all__ = ["Component", "Drawn", "Pipeline"]
+
+_GROUP = 2048
+# Part of the packing cache's name: raise it when an index map changes its results.
+_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """Corpora and objectives -> batches.
+
+    Attributes:
+      components: what is mixed.
+      vocabulary: `pad_id`, `bos_id` and `fingerprint()` are used.
+      architecture, length, targets_length, attend_across_documents: see layout.lay_out.
+      batch_size: rows of a global batch.
+      seed: seed of everything random.
+      pack: whether a row holds as many examples as fit, or one.
+      shuffle: whether each epoch has its own order of units, or the corpus's.
+      cache_dir: where packing keeps its row counts (a local directory), or None.
+
+    Raises:
+      UserError: an empty component, two of one name, or examples that can never fit a row.
+    """
+
+    components: Sequence[Component]
+    _: dataclasses.KW_ONLY
+    vocabulary: Any
+    architecture: str
+    length: int
+    targets_length: int | None = None
+    batch_size: int
+    seed: int
+    pack: bool = False
+    attend_across_documents: bool = True
+    shuffle: bool = True
+    cache_dir: Any = None
+
+    def __post_init__(self):
+        names = [c.name for c in self.components]
+        if len(set(names)) < len(names):
+            raise UserError(f"two data components have one name: {', '.join(names)}; rename one")
+        if self.batch_size < 1:
+            raise UserError(f"batch_size is {self.batch_size}; it must be at least 1")
+        for c, component in enumerate(self.components):
+            if not len(self._stream.units[c]):
+                raise UserError(
+                    f"the corpus of {component.name!r} has no tokens; check its source's paths"
+                )
+            unit = component.objective.unit
+            longest = unit.max_raw_length if isinstance(unit, Document) else unit.raw_length
+            rng = self._stream.generators(c).at(0)
+            self._check(component, longest, component.objective.bounds(longest, rng))
+
+    def __getstate__(self):
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @functools.cached_property
+    def _stream(self) -> ExampleStream:
+        return ExampleStream(self.components, self.seed, self.shuffle)
+
+    # --- batches ---
+
+    def batch(self, step: int, shard_index: int = 0, shard_count: int = 1) -> dict[str, np.ndarray]:
+        """Rows of the global batch of `step`: of the equal contiguous shards, the index-th.
+
+        Returns:
+          {feature: [batch_size // shard_count, L]}, see `spec`.
+
+        Raises:
+          UserError: batch_size is not divisible by shard_count, or an example fits no row.
+        """
+        if self.batch_size % shard_count:
+            raise UserError(
+                f"batch_size {self.batch_size} cannot be split evenly over {shard_count} hosts; "
+                f"make it a multiple of {shard_count}"
+            )
+        size = self.batch_size // shard_count
+        start = step * self.batch_size + shard_index * size
+        indices = self._examples_of_rows(start, start + size)
+        read = self._stream.reader()
+        rows = [[read(index).example for index in row] for row in indices]
+        try:
+            return layout.lay_out(
+                rows,
+                architecture=self.architecture,
+                length=self.length,
+                targets_length=self.targets_length,
+                bos_id=self.vocabulary.bos_id,
+                pad_id=self.vocabulary.pad_id,
+                attend_across_documents=self.attend_across_documents,
+            )
+        except layout.LayoutError as error:
+            index = indices[error.row][error.example]
+            name = read(index).component.name
+            raise ValueError(f"example {index} (of {name!r}): {error.reason}") from None
+
+    def spec(self) -> dict[str, tuple[tuple[int, int], np.dtype]]:
+        """{feature: (shape, dtype)} of a global batch."""
+        return layout.spec(self.architecture, self.batch_size, self.length, self.targets_length)
+
+    def examples(self, start: int = 0) -> Iterator[Drawn]:
+        """The endless stream of examples, from number `start`."""
+        yield from map(self._stream.reader(), itertools.count(start))
+
+    @staticmethod
+    def hash(batch: Mapping[str, np.ndarray]) -> str:
+        """A digest of names, dtypes, shapes and contents, the same on every machine."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name in sorted(batch):
+            array = np.ascontiguousarray(batch[name])
+            digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+            digest.update(array.tobytes())
+        return digest.hexdigest()
+
+    # --- row -> examples ---
+
+    def _examples_of_rows(self, start: int, stop: int) -> list[list[int]]:
+        if not self.pack:
+            return [[index] for index in range(start, stop)]
+        rows: list[list[int]] = []
+        while start < stop:
+            group, at = self._packed.locate(start)
+            taken = self._packed.rows(group)[at : at + stop - start]
+            rows += [(row + group * self._group_size).tolist() for row in taken]
+            start += len(taken)
+        return rows
+
+    @property
+    def _group_size(self) -> int:
+        """Examples packed together; more for long rows, whose last one weighs more."""
+        return _GROUP * max(1, self.length // 4096)
+
+    @functools.cached_property
+    def _packed(self) -> PackedRows:
+        targets = self.targets_length if self.architecture == "encoder_decoder" else 0
+        cache = None
+        if self.cache_dir is not None:
+            cache = pathlib.Path(self.cache_dir) / f"packed_rows_{self._fingerprint()}.bin"
+        return PackedRows(
+            self._sizes, self._group_size, (self.length, targets or 0), self.seed, cache
+        )
+
+    def _sizes(self, group: int) -> np.ndarray:
+        """int64 [group_size, 2], bounds of the group's examples on both sides of a row."""
+        size = self._group_size
+        draws = self._stream.draws(group * size, (group + 1) * size)
+        bounds = np.zeros((size, 2), np.int64)
+        for c, component in enumerate(self.components):
+            mine = np.flatnonzero(draws.component == c)
+            generators = self._stream.generators(c)
+            lengths = self._stream.units[c].raw_lengths(draws.unit[mine]).tolist()
+            for i, k, length in zip(mine.tolist(), draws.k[mine].tolist(), lengths, strict=True):
+                bound = component.objective.bounds(length, generators.at(k))
+                bounds[i] = self._check(component, length, bound)
+        return bounds
+
+    def _check(self, component: Component, raw_length: int, bound: Lengths) -> tuple[int, int]:
+        """The bound as (first side, second side); UserError if it exceeds the row."""
+        if self.architecture == "encoder_decoder":
+            sides, room = (bound.inputs, bound.targets), (self.length, self.targets_length)
+        else:
+            sides, room = (bound.inputs + bound.targets, 0), (self.length, 0)
+        if sides[0] > room[0] or sides[1] > room[1]:
+            raise UserError(
+                f"{component.name!r} makes up to {bound.inputs} inputs and {bound.targets} targets "
+                f"from {raw_length} tokens, more than a row holds (length {self.length}, "
+                f"targets_length {self.targets_length}): raise those lengths or shorten its unit"
+            )
+        return sides
+
+    def _fingerprint(self) -> str:
+        """Identifies all that the packing plan depends on."""
+        parts = [_VERSION, self.seed, self.architecture, self.length, self.targets_length]
+        parts += [self.shuffle, self._group_size, self.vocabulary.fingerprint()]
+        parts += [(c.name, c.corpus.fingerprint, c.objective, c.rate) for c in self.components]
+        return hashlib.blake2b(repr(parts).encode(), digest_size=12).hexdigest()

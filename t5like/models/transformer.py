@@ -1,0 +1,197 @@
+"""The model family: encoder, decoder and encoder-decoder as functions of a parameter tree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kernels import masks
+from t5like.errors import UserError
+from t5like.models.config import ModelConfig
+from t5like.models.layers import ACTIVATIONS, Dense, Embed, Norm, dot_float32, kernel_init
+from t5like.models.stack import Context, Stack
+
+Batch = Mapping[str, jax.Array]
+
+
+class Transformer(nn.Module):
+    """One family for every architecture (Raffel et al. 2020, section 3.2).
+
+    A batch holds int [B, L] features under seqio's names: `encoder_input_tokens`,
+    `encoder_segment_ids`, `encoder_positions` where there is an encoder, the same for `decoder_`
+    where there is a decoder, and `decoder_causal_attention` (1 at slots of a prefix that see
+    each other both ways). Segment id 0 is padding. Absent segment ids mean one example a row and
+    no padding; absent positions, 0..L-1; absent flags, causal. `encoder_token_types` and
+    `decoder_token_types` are read where the config has token types, type 0 when absent.
+
+    Parameters are a plain tree, initialised by `init_parameters`; t5like/models/axes.py names
+    their axes.
+    """
+
+    config: ModelConfig
+
+    def setup(self):
+        config = self.config
+        if config.vocab_size is None:
+            raise UserError("ModelConfig.vocab_size is not set: bind it, or name a vocabulary")
+        self.token_embedder = Embed(config, config.vocab_size, config.embedding_width)
+        if "encoder" in config.stacks:
+            self.encoder = Stack(config, "encoder")
+        if "decoder" in config.stacks:
+            self.decoder = Stack(config, "decoder")
+        self.head = Head(config)
+
+    def __call__(self, batch: Batch, *, train: bool = False) -> jax.Array:
+        """Logits, float32 [B, L, V], of the decoder, or of the encoder where it is alone."""
+        return self.logits(self.hidden(batch, train=train))
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """States [..., D] as `hidden` returns them -> logits, float32 [..., V]."""
+        return self.head(hidden, self.token_embedder)
+
+    def hidden(
+        self, batch: Batch, *, train: bool = False, all_layers: bool = False
+    ) -> jax.Array | tuple[jax.Array, ...]:
+        """States of the stack that predicts: the decoder, or the encoder where it is alone.
+
+        Args:
+          batch: features, see the class.
+          train: whether dropout is on; needs rng collection "dropout".
+          all_layers: return every layer's states.
+
+        Returns:
+          [B, L, D], the last states, normalised; with all_layers a tuple of them: the first
+          block's input, then each block's output, the last one normalised.
+        """
+        if self.config.architecture == "encoder":
+            states = self._encode(batch, train, all_layers)
+        else:
+            states = self._decode(batch, train, all_layers)
+        return states if all_layers else states[-1]
+
+    def encode(
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        *,
+        train: bool = False,
+    ) -> jax.Array:
+        """The encoder's last states [B, L, D] of tokens, segment ids and positions [B, L]."""
+        features = {"input_tokens": tokens, "segment_ids": segment_ids, "positions": positions}
+        batch = {f"encoder_{name}": value for name, value in features.items()}
+        return self._encode(batch, train, False)[-1]
+
+    def decode_step(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        *,
+        prefix_lengths: jax.Array | None = None,
+        encoded: jax.Array | None = None,
+        encoder_segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits of some tokens given a cache of those before; collection "cache" is mutable.
+
+        Keys and values are written to the slot that equals the token's position, and a query at
+        position p sees slots up to p (and all of its row's prefix, if it is in it). So rows may
+        stand at different positions, and a right-padded prompt needs nothing more: the slots of
+        its padding are not seen before generated tokens overwrite them.
+
+        Args:
+          tokens: int [B, T], a whole prompt or one token.
+          positions: int [B, T], below the cache's max_length (what lies beyond is not written).
+          prefix_lengths: int [B], of a prefix whose slots see each other both ways; the whole
+            prefix must be in one call.
+          encoded: [B, K, D] for an encoder-decoder. When the cache has room for them (see
+            `init_cache`), its keys and values are kept, and later calls may leave it None.
+          encoder_segment_ids: int [B, K]; padding, where 0, is hidden; needed in every call.
+
+        Returns:
+          float32 [B, T, V].
+
+        Raises:
+          ValueError: there is no cache.
+        """
+        mask = masks.Causal(q_positions=positions)
+        if prefix_lengths is not None:
+            mask |= masks.Prefix(prefix_lengths, q_positions=positions)
+        cross_mask = _segments(None, encoder_segment_ids)
+        context = Context(mask, slots=positions, encoded=encoded, cross_mask=cross_mask)
+        hidden = self.decoder(self.token_embedder(tokens), positions, context)[-1]
+        return self.logits(hidden)
+
+    def _encode(self, batch: Batch, train: bool, keep_states: bool) -> tuple[jax.Array, ...]:
+        ids = batch.get("encoder_segment_ids")
+        return self._run("encoder", batch, Context(_segments(ids, ids)), train, keep_states)
+
+    def _decode(self, batch: Batch, train: bool, keep_states: bool) -> tuple[jax.Array, ...]:
+        ids, flags = batch.get("decoder_segment_ids"), batch.get("decoder_causal_attention")
+        visible = masks.Causal() if flags is None else masks.Causal() | masks.Prefix(flags)
+        context = Context(visible if ids is None else visible & _segments(ids, ids))
+        if self.config.architecture == "encoder_decoder":
+            context = context.replace(
+                encoded=self._encode(batch, train, False)[-1],
+                cross_mask=_segments(ids, batch.get("encoder_segment_ids")),
+            )
+        return self._run("decoder", batch, context, train, keep_states)
+
+    def _run(
+        self, name: str, batch: Batch, context: Context, train: bool, keep_states: bool
+    ) -> tuple[jax.Array, ...]:
+        tokens, positions = batch[f"{name}_input_tokens"], batch.get(f"{name}_positions")
+        return getattr(self, name)(
+            self.token_embedder(tokens),
+            jnp.arange(tokens.shape[1])[None] if positions is None else positions,
+            context,
+            batch.get(f"{name}_token_types"),
+            train=train,
+            keep_states=keep_states,
+        )
+
+
+class Head(nn.Module):
+    """States to logits: BERT's transform where asked, the output embedding, a bias."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, token_embedder: Embed) -> jax.Array:
+        """x [..., D] -> float32 [..., V]."""
+        config, vocab = self.config, self.config.vocab_size
+        param_dtype = jnp.dtype(config.param_dtype)
+        if config.head_transform:
+            width = config.embedding_width if config.tie_embeddings else config.d_model
+            x = ACTIVATIONS[config.activation](Dense(config, width, name="transform")(x))
+            x = Norm(config, name="norm")(x)
+        if config.tie_embeddings:
+            if config.scale_tied_logits:
+                x *= config.embedding_width**-0.5
+            logits = token_embedder.attend(x)
+        else:
+            shape = (x.shape[-1], vocab)
+            kernel = self.param("kernel", kernel_init(config), shape, param_dtype)
+            logits = dot_float32(x, kernel, config)
+        if config.logits_bias:
+            zeros = nn.initializers.zeros_init()
+            logits += self.param("bias", zeros, (vocab,), param_dtype).astype(jnp.float32)
+        return logits
+
+
+def init_parameters(config: ModelConfig, rng: jax.Array) -> dict:
+    """A fresh parameter tree; `jax.eval_shape` over it costs no memory, jit makes it quick."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    batch = {f"{stack}_input_tokens": tokens for stack in config.stacks}
+    return Transformer(config).init(rng, batch)["params"]
+
+
+def _segments(q_ids: jax.Array | None, kv_ids: jax.Array | None) -> masks.Mask:
+    """Own segment alone; without query ids all but padding; without both everything."""
+    if kv_ids is None:
+        return masks.Full()
+    if q_ids is None:
+        return masks.Dense(kv_ids[:, None, :] != 0)
+    return masks.Segments(q_ids, kv_ids)

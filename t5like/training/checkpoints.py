@@ -1,0 +1,296 @@
+"""Checkpoints of a run: saved in the background, whole or not at all, verified before use.
+
+The only module that imports orbax. A checkpoint is a directory `<step>` holding orbax's arrays,
+`config.gin` and `checkpoint.json` (see manifest.py). Orbax writes it under a temporary name and
+renames it when all is in place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+
+from t5like.errors import UserError
+from t5like.training import manifest
+from t5like.training.state import TrainState, leaf_names
+
+_ASIDE = ".damaged"
+_LEAVING = ".deleted"
+
+
+class Checkpoints:
+    """The checkpoints of one workdir.
+
+    Args:
+      directory: usually WORKDIR/checkpoints; made when missing.
+      keep: how many of the newest to keep.
+      best_metric: name in the metrics given to `save` whose lowest value marks a checkpoint that
+        is kept as well; None keeps the newest only.
+    """
+
+    def __init__(self, directory: epath.PathLike, *, keep: int = 3, best_metric: str | None = None):
+        if keep < 1:
+            raise UserError(f"keep={keep}: at least the newest checkpoint has to be kept")
+        self.directory = epath.Path(directory)
+        self._keep, self._best_metric = keep, best_metric
+        self._handler = _Handler()
+        self._writer = ocp.AsyncCheckpointer(self._handler)
+        self._pending: int | None = None
+        with _naming(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            self._sweep()
+
+    def steps(self) -> list[int]:
+        """Steps of all finished checkpoints, rising; finished is not yet verified."""
+        return steps_in(self.directory)
+
+    def save(self, state: Any, info: dict[str, Any], config_text: str) -> None:
+        """Starts a save of `state` at `state.step`; returns when the device arrays are copied.
+
+        Args:
+          state: a TrainState with finite parameters.
+          info: JSON-like, kept in checkpoint.json; "step" and, where known, "metrics" are read
+            by this class.
+          config_text: the resolved configuration, kept as config.gin.
+
+        Raises:
+          UserError: this save or the one before it failed (a full disk); earlier checkpoints
+            are untouched.
+        """
+        self.wait()
+        step = int(info["step"])
+        self._handler.manifest = {**info, "arrays": describe(state)}, config_text
+        with _naming(self.directory):
+            self._writer.save(self.directory / str(step), args=_SaveArgs(_tree(state)))
+        self._pending = step
+
+    def wait(self) -> None:
+        """Blocks until the save under way, if any, is finished; deletes what need not be kept."""
+        if self._pending is None:
+            return
+        self._pending = None
+        with _naming(self.directory):
+            self._writer.wait_until_finished()
+            if jax.process_index() == 0:
+                self._delete_old()
+
+    def close(self) -> None:
+        """Waits for the save under way and ends the background threads."""
+        try:
+            self.wait()
+        finally:
+            self._writer.close()
+
+    def restore_latest(
+        self, template: Any, check: Callable[[dict[str, Any]], None] = lambda info: None
+    ) -> tuple[Any, dict[str, Any]] | None:
+        """The newest good checkpoint, or None where no checkpoint was ever finished.
+
+        Damaged ones are warned about and put aside (renamed, never deleted or overwritten).
+
+        Args:
+          template: a tree of jax.ShapeDtypeStruct with shardings, shaped like the state.
+          check: called with a checkpoint's info before its arrays are read; may raise.
+
+        Returns:
+          (state, info).
+
+        Raises:
+          UserError: the parameters differ from the template's; or every checkpoint is damaged.
+        """
+        self.wait()
+        damaged = []
+        for step in reversed(self.steps()):
+            path = self.directory / str(step)
+            try:
+                info = manifest.verify(path)
+                check(info)
+                compare_arrays(info["arrays"], describe(template), path)
+                state = _read(self._writer, path, template)
+            except manifest.Damaged as problem:
+                logging.warning("checkpoint %s is damaged and is not used: %s", path, problem)
+                damaged.append(path)
+                continue
+            self._put_aside(damaged)
+            return state, info
+        if damaged:
+            raise UserError(
+                f"no checkpoint in {self.directory} can be used: all of {len(damaged)} are "
+                "damaged (see the warnings above); put one back from a copy, or start afresh in "
+                "another workdir"
+            )
+        return None
+
+    def _put_aside(self, damaged: list[epath.Path]) -> None:
+        if jax.process_index() != 0:
+            return
+        for path in damaged:
+            target, count = path.parent / f"{path.name}{_ASIDE}", 1
+            while target.exists():
+                target, count = path.parent / f"{path.name}{_ASIDE}{count}", count + 1
+            path.rename(target)
+
+    def _delete_old(self) -> None:
+        steps = self.steps()
+        kept = set(steps[-self._keep :]) | self._best(steps)
+        for step in steps:
+            if step not in kept:
+                # Renamed first: a kill while deleting leaves no half checkpoint behind.
+                leaving = self.directory / f"{step}{_LEAVING}"
+                (self.directory / str(step)).rename(leaving)
+                leaving.rmtree()
+
+    def _best(self, steps: list[int]) -> set[int]:
+        if self._best_metric is None:
+            return set()
+        values = {}
+        for step in steps:
+            try:
+                metrics = manifest.read(self.directory / str(step)).get("metrics") or {}
+            except manifest.Damaged:
+                continue
+            value = metrics.get(self._best_metric, math.nan)
+            if math.isfinite(value):
+                values[step] = value
+        return {min(values, key=values.__getitem__)} if values else set()
+
+    def _sweep(self) -> None:
+        """Removes what a killed process left: unfinished saves and half deletions."""
+        for path in self.directory.iterdir():
+            if path.name.endswith(_LEAVING) or ".orbax-checkpoint-tmp" in path.name:
+                path.rmtree()
+
+
+class _Handler(ocp.PyTreeCheckpointHandler):
+    """Puts the manifest beside the arrays once they are all written, before the rename."""
+
+    manifest: tuple[dict[str, Any], str] | None = None
+
+    def finalize(self, directory: epath.Path) -> None:
+        super().finalize(directory)
+        if jax.process_index() == 0:
+            manifest.write(directory, *self.manifest)
+
+
+@ocp.args.register_with_handler(_Handler, for_save=True)
+@dataclasses.dataclass
+class _SaveArgs(ocp.args.PyTreeSave):
+    """Orbax chooses the handler by the type of its arguments."""
+
+
+@ocp.args.register_with_handler(_Handler, for_restore=True)
+@dataclasses.dataclass
+class _RestoreArgs(ocp.args.PyTreeRestore):
+    """See _SaveArgs."""
+
+
+class _naming:
+    """Turns a failed write into a UserError that names the path."""
+
+    def __init__(self, path: epath.Path):
+        self._path = path
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if error is None or isinstance(error, UserError) or not isinstance(error, Exception):
+            return False
+        # Orbax reports a full disk as a ValueError with the system's words in it.
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise UserError(
+                f"the disk is full: no checkpoint could be written to {self._path}; earlier "
+                "checkpoints are intact: free some space and run the same command again"
+            ) from error
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write checkpoints to {self._path}: {error}") from error
+        return False
+
+
+def steps_in(directory: epath.PathLike) -> list[int]:
+    """Steps of the finished checkpoints in a directory, rising."""
+    directory = epath.Path(directory)
+    if not directory.is_dir():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+
+
+def describe(tree: Any) -> dict[str, list[Any]]:
+    """{name: [shape, dtype name]} of a tree of arrays."""
+    return {
+        name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in leaf_names(_tree(tree)).items()
+    }
+
+
+def compare_arrays(old: dict[str, Any], new: dict[str, Any], path: epath.Path) -> None:
+    """Raises UserError naming the first arrays that differ between a checkpoint and a model."""
+    missing = [name for name in new if name not in old]
+    extra = [name for name in old if name not in new]
+    changed = [
+        f"{name} is {_show(old[name])} there and {_show(new[name])} here"
+        for name in new
+        if name in old and list(old[name]) != list(new[name])
+    ]
+    parts = [
+        _some("it lacks", missing),
+        _some("it has, and the model lacks,", extra),
+        _some("", changed),
+    ]
+    if missing or extra or changed:
+        raise UserError(
+            f"checkpoint {path} does not fit this model: " + "; ".join(filter(None, parts))
+        )
+
+
+def _some(what: str, names: list[str], limit: int = 5) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{what} {', '.join(names[:limit])}{more}".strip()
+
+
+def _show(array: list[Any]) -> str:
+    return f"{array[1]}{array[0]}"
+
+
+def _tree(state: Any) -> Any:
+    """A state as the plain dict that is stored; absent parts are left out."""
+    if isinstance(state, TrainState):
+        parts = {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+        return parts if state.frozen is None else {**parts, "frozen": state.frozen}
+    return state
+
+
+def _read(reader: Any, path: epath.Path, template: Any) -> Any:
+    """Arrays of a checkpoint in the shape of `template`, whose tree may be a part of it."""
+    tree = _tree(template)
+    args = _RestoreArgs(
+        item=tree,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
+        partial_restore=True,
+    )
+    restored = reader.restore(path, args=args)
+    return template.replace(**restored) if isinstance(template, TrainState) else restored
+
+
+def read_part(path: epath.Path, template: Any) -> Any:
+    """Reads a part of the checkpoint at `path`, e.g. {"params": {...}}.
+
+    Args:
+      template: a tree of jax.ShapeDtypeStruct, with shardings where arrays should be placed.
+
+    Raises:
+      manifest.Damaged: the checkpoint fails its manifest.
+    """
+    manifest.verify(path)
+    with ocp.Checkpointer(_Handler()) as reader:
+        return _read(reader, path, template)

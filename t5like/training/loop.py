@@ -1,0 +1,343 @@
+"""The training loop: restore or start, compile once, then update, log, evaluate and save."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+
+from t5like.training import evaluation, mesh as mesh_lib, peaks, signals, startup
+from t5like.training import step as step_lib, writers
+from t5like.training.checkpoints import Checkpoints
+from t5like.training.init_from import InitFrom
+from t5like.training.meter import Meter
+from t5like.training.optimizers import Optimizer
+from t5like.training.state import TrainState
+
+Batch = dict[str, np.ndarray]
+
+# Updates the host may run ahead of the device; more would only hold more batches in memory.
+_IN_FLIGHT = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class FitResult:
+    """Attributes:
+    state: the last state.
+    metrics: {split: the last log line of that split written by this call}.
+    stopped_by: "budget", or "nothing to do" where the workdir's run had finished before.
+    """
+
+    state: TrainState
+    metrics: dict[str, dict[str, Any]]
+    stopped_by: str
+
+
+def fit(
+    *,
+    init_fn: Callable[[jax.Array], Any],
+    loss_fn: step_lib.LossFn,
+    optimizer: Optimizer,
+    total_steps: int,
+    batches: Callable[[int], Iterator[tuple[int, Batch]]],
+    seed: int,
+    workdir: epath.PathLike,
+    tokens_per_step: int,
+    flops_per_step: float,
+    config_text: str = "",
+    identity: Mapping[str, str] | None = None,
+    vocabulary_fingerprint: str = "",
+    evals: Mapping[str, Callable[[], Iterable[Batch]]] | None = None,
+    log_every: int = 100,
+    eval_every: int | None = None,
+    checkpoint_every_steps: int | None = 1000,
+    checkpoint_every_minutes: float | None = None,
+    keep: int = 3,
+    keep_best: str | None = None,
+    accumulate: int = 1,
+    init_from: InitFrom | None = None,
+    frozen: Any = None,
+    after_step: Callable[[TrainState], TrainState] | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    hash_fn: Callable[[Batch], Any] | None = None,
+    progress: bool = True,
+    tensorboard: bool = True,
+    stop: signals.StopFlag | None = None,
+) -> FitResult:
+    """Trains until `total_steps` updates are done, going on from the workdir's last checkpoint.
+
+    Args:
+      init_fn: key -> parameters; traced.
+      loss_fn: (params, frozen, batch, key, train) -> {name: Term}; traced.
+      optimizer: a description from optimizers.py.
+      total_steps: updates of the whole run; see budget.py. More than before extends a run.
+      batches: start step -> endless iterator of (step, host batch), the batch being a function
+        of the step; step s makes update s + 1. Closed in the end, where it has a `close`.
+      seed: seeds initial parameters and, with the step, everything drawn on devices.
+      workdir: gets metrics.jsonl, checkpoints/ and tensorboard/.
+      tokens_per_step: slots of a batch (batch size times row length, inputs plus targets).
+      flops_per_step: model FLOPs of an update, forward and backward.
+      config_text: kept in every checkpoint as config.gin.
+      identity: bindings that must not change on resume; see identity.py.
+      vocabulary_fingerprint: must not change on resume either.
+      evals: {split: function giving its batches}, run every `eval_every` updates and at the end.
+      log_every, eval_every, checkpoint_every_steps, checkpoint_every_minutes: None for never;
+        the end of the run always logs, evaluates and saves.
+      keep, keep_best: checkpoints to keep: the newest, and the one with the lowest value of a
+        metric such as "validation/loss".
+      accumulate: micro-batches an update.
+      init_from: where a fresh run's parameters come from.
+      frozen, after_step: trees that losses read; how to change the state after an update.
+      mesh: see mesh.py; all devices by default.
+      hash_fn: batch -> hash; lines then carry "batch_hash", a hash over their interval.
+      progress, tensorboard: whether to write to the screen and to TensorBoard.
+      stop: a flag to look at in place of catching SIGTERM here.
+
+    Raises:
+      UserError: see checkpoints.py, identity.py, init_from.py; NonFiniteLoss where the loss or a
+        norm is not finite (nothing past the last good checkpoint is saved).
+      Preempted: after SIGTERM, with the state saved. The signal is looked for after every
+        update and between the batches of an evaluation.
+    """
+    mesh = mesh or mesh_lib.make_mesh()
+    folder = epath.Path(workdir)
+    record = {
+        "identity": dict(identity or {}),
+        "vocabulary": vocabulary_fingerprint,
+        "total_steps": total_steps,
+    }
+    transform = optimizer.build(total_steps)
+    with contextlib.ExitStack() as stack:
+        stop = stop or stack.enter_context(signals.catch_sigterm())
+        stack.enter_context(jax.set_mesh(mesh))
+        checkpoints = Checkpoints(folder / "checkpoints", keep=keep, best_metric=keep_best)
+        stack.callback(checkpoints.close)
+        state, info = startup.restore_or_init(
+            checkpoints,
+            init_fn=init_fn,
+            transform=transform,
+            seed=seed,
+            mesh=mesh,
+            frozen=frozen,
+            init_from=init_from,
+            check=lambda info: startup.check_same_run(info, record, str(workdir)),
+        )
+        first = int(state.step)
+        if info and first >= total_steps:
+            logging.warning("%s has done its %d updates: raise the budget to go on", folder, first)
+            return FitResult(state, {}, "nothing to do")
+        if info:
+            startup.warn_of_new_total(optimizer, first, info["total_steps"], total_steps)
+        loop = _Loop(
+            update=step_lib.make_train_step(
+                loss_fn,
+                transform,
+                optimizer.schedule(total_steps),
+                accumulate=accumulate,
+                after_step=after_step,
+                out_shardings=mesh_lib.replicated(mesh),
+            ),
+            eval_step=step_lib.make_eval_step(loss_fn),
+            evals=evals or {},
+            mesh=mesh,
+            seed=seed,
+            every=_Every(
+                total_steps, log_every, eval_every, checkpoint_every_steps,
+                checkpoint_every_minutes,
+            ),
+            checkpoints=checkpoints,
+            record=(record, config_text),
+            costs=(tokens_per_step, flops_per_step),
+            outputs=_open_outputs(folder, first, total_steps, progress, tensorboard, stack),
+            hash_fn=hash_fn,
+            stop=stop,
+        )
+        iterator = batches(first)
+        stack.callback(getattr(iterator, "close", lambda: None))
+        return loop.run(state, info, iterator)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Every:
+    """When what is done; the last update logs, evaluates and saves in any case."""
+
+    total_steps: int
+    log: int | None
+    evaluate: int | None
+    save: int | None
+    save_minutes: float | None
+
+    def due(self, every: int | None, step: int) -> bool:
+        return step == self.total_steps or bool(every and step % every == 0)
+
+    def save_due(self, step: int, seconds: float) -> bool:
+        late = self.save_minutes is not None and seconds >= 60 * self.save_minutes
+        return late or self.due(self.save, step)
+
+
+class _Loop:
+    """One call's worth of training; `fit` builds it and says what the arguments are."""
+
+    def __init__(
+        self, *, update, eval_step, evals, mesh, seed, every, checkpoints, record, costs, outputs,
+        hash_fn, stop,
+    ):
+        self._update, self._eval_step, self._evals = update, eval_step, evals
+        self._put = functools.partial(mesh_lib.put_batch, mesh=mesh)
+        self._keys = [
+            mesh_lib.put_replicated(step_lib.run_key(seed, stream), mesh)
+            for stream in (step_lib.STEP_STREAM, step_lib.EVAL_STREAM)
+        ]
+        self._every, self._checkpoints, self._outputs = every, checkpoints, outputs
+        self._record, self._config_text = record
+        self._tokens, self._flops = costs
+        self._hash_fn, self._stop = hash_fn, stop
+        self._last_lines: dict[str, dict[str, Any]] = {}
+        self._stopwatch = _Stopwatch()
+
+    def run(
+        self, state: TrainState, info: dict[str, Any], batches: Iterator[tuple[int, Batch]]
+    ) -> FitResult:
+        self._state, step = state, int(state.step)
+        self._meter = Meter(info.get("meter"))
+        self._saved_step, self._saved_at = step if info else None, time.monotonic()
+        self._line_step = step
+        evaluated = info.get("metrics", {})
+        if info and self._every.due(self._every.evaluate, step) and not evaluated:
+            self._evaluate(step)  # A SIGTERM cut this evaluation short.
+        for batch_step, batch in itertools.islice(batches, self._every.total_steps - step):
+            if batch_step != step:
+                raise ValueError(f"the loader gave the batch of step {batch_step}, not of {step}")
+            self._one_update(step, batch)
+            step += 1
+            self._after_update(step)
+        if step < self._every.total_steps:
+            raise ValueError(f"the loader ended at step {step} of {self._every.total_steps}")
+        return FitResult(self._state, self._last_lines, "budget")
+
+    def _one_update(self, step: int, batch: Batch) -> None:
+        digest = str(self._hash_fn(batch)) if self._hash_fn else ""
+        # Whatever is not put on the devices by name is a mistake, and slow: it raises.
+        with jax.transfer_guard_host_to_device("disallow"):
+            batch = self._put(batch)
+            if not isinstance(self._update, jax.stages.Compiled):
+                self._update = self._update.lower(self._state, batch, self._keys[0]).compile()
+                self._stopwatch.restart()
+            self._state, metrics = self._update(self._state, batch, self._keys[0])
+        self._meter.add(step + 1, metrics, digest)
+        self._meter.wait_for_all_but(_IN_FLIGHT)
+
+    def _after_update(self, step: int) -> None:
+        for output in self._outputs:
+            output.advance(step)
+        if self._every.due(self._every.log, step):
+            self._log(step)
+        with self._stopwatch.paused():
+            metrics = {}
+            if self._every.due(self._every.evaluate, step):
+                metrics = self._evaluate(step)
+            if self._every.save_due(step, time.monotonic() - self._saved_at):
+                self._save(step, metrics)
+            if self._stop.requested:
+                self._leave(step, metrics)
+
+    def _log(self, step: int) -> None:
+        values = self._meter.line()
+        rate = (step - self._line_step) / max(self._stopwatch.seconds(), 1e-9)
+        self._line_step = step
+        self._stopwatch.restart()
+        peak = peaks.peak_flops(jax.devices()[0])
+        self._write(
+            {
+                "step": step,
+                "split": "train",
+                **values,
+                "tokens": step * self._tokens,
+                "tokens_per_second": rate * self._tokens,
+                "flops": step * self._flops,
+                "mfu": rate * self._flops / (peak * jax.device_count()) if peak else None,
+            }
+        )
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        """Logs every evaluation; returns {"split/name": value}."""
+        metrics = {}
+        for split, batches in self._evals.items():
+            try:
+                values = evaluation.evaluate(
+                    self._eval_step,
+                    self._state.params,
+                    self._state.frozen,
+                    batches(),
+                    put=self._put,
+                    key=self._keys[1],
+                    stop=self._stop,
+                )
+            except evaluation.Interrupted:
+                self._leave(step, {})
+            self._write({"step": step, "split": split, **values})
+            metrics |= {f"{split}/{name}": value for name, value in values.items()}
+        return metrics
+
+    def _save(self, step: int, metrics: dict[str, float]) -> None:
+        """Saves, unless this step is saved; the meter has seen only finite numbers until here."""
+        if step == self._saved_step:
+            return
+        info = {**self._record, "step": step, "metrics": metrics, "meter": self._meter.snapshot()}
+        self._checkpoints.save(self._state, info, self._config_text)
+        self._saved_step, self._saved_at = step, time.monotonic()
+
+    def _leave(self, step: int, metrics: dict[str, float]) -> NoReturn:
+        self._save(step, metrics)
+        self._checkpoints.wait()
+        raise signals.Preempted(step)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._last_lines[line["split"]] = line
+        for output in self._outputs:
+            output.write(line)
+
+
+class _Stopwatch:
+    """Seconds spent on updates since the last restart, pauses left out."""
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self) -> None:
+        self._start = time.monotonic()
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        before = self.seconds()
+        yield
+        self._start = time.monotonic() - before
+
+
+def _open_outputs(
+    folder: epath.Path, step: int, total_steps: int, progress: bool, tensorboard: bool, stack
+) -> list[writers.Writer]:
+    """The writers of this process, closed with `stack`; only the first process writes."""
+    if jax.process_index() != 0:
+        return []
+    outputs: list[writers.Writer] = [writers.JsonLines(folder / "metrics.jsonl", step)]
+    stack.callback(outputs[0].close)
+    if tensorboard:
+        outputs.append(writers.TensorBoard(folder / "tensorboard", step))
+        stack.callback(outputs[-1].close)
+    if progress:
+        outputs.append(writers.Screen(step, total_steps))
+        stack.callback(outputs[-1].close)
+    return outputs

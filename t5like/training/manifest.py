@@ -1,0 +1,86 @@
+"""What makes a checkpoint complete: a manifest of its files, written last, checked before use.
+
+`checkpoint.json` lists every file with its size and CRC-32. Array formats do not notice every
+missing or damaged byte (a missing chunk may read as zeros), so the manifest is what decides.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from typing import Any
+
+from etils import epath
+
+NAME = "checkpoint.json"
+CONFIG_NAME = "config.gin"
+# Written by orbax after the manifest.
+_NOT_LISTED = (NAME, "_CHECKPOINT_METADATA", "commit_success.txt")
+
+
+class Damaged(Exception):
+    """A checkpoint that must not be used; the message says why."""
+
+
+def write(directory: epath.Path, info: dict[str, Any], config_text: str) -> None:
+    """Adds config.gin, then checkpoint.json = info plus the list of files."""
+    (directory / CONFIG_NAME).write_text(config_text)
+    files = {name: _digest(directory / name) for name in _listing(directory)}
+    text = json.dumps({**info, "files": files}, indent=1, sort_keys=True)
+    (directory / NAME).write_text(text)
+
+
+def read(directory: epath.Path) -> dict[str, Any]:
+    """The info of a checkpoint, without checking its files.
+
+    Raises:
+      Damaged: there is no readable manifest.
+    """
+    try:
+        info = json.loads((directory / NAME).read_text())
+    except FileNotFoundError:
+        raise Damaged(f"{NAME} is missing") from None
+    except (ValueError, OSError) as error:
+        raise Damaged(f"{NAME} cannot be read ({error})") from error
+    if not isinstance(info, dict) or not isinstance(info.get("files"), dict):
+        raise Damaged(f"{NAME} lists no files")
+    return info
+
+
+def verify(directory: epath.Path) -> dict[str, Any]:
+    """The info of a checkpoint whose every file is as it was written.
+
+    Raises:
+      Damaged: the manifest or a listed file is missing, or a file's size or content differs.
+    """
+    info = read(directory)
+    for name, (size, crc) in info["files"].items():
+        path = directory / name
+        if not path.exists():
+            raise Damaged(f"{name} is missing")
+        found_size, found_crc = _digest(path)
+        if found_size != size:
+            raise Damaged(f"{name} has {found_size} bytes, not {size}")
+        if found_crc != crc:
+            raise Damaged(f"the content of {name} has changed")
+    return info
+
+
+def _listing(directory: epath.Path, prefix: str = "") -> list[str]:
+    names = []
+    for path in sorted(directory.iterdir()):
+        if path.is_dir():
+            names += _listing(path, f"{prefix}{path.name}/")
+        elif prefix or path.name not in _NOT_LISTED:
+            names.append(prefix + path.name)
+    return names
+
+
+def _digest(path: epath.Path) -> list[int]:
+    """[size in bytes, CRC-32], read in pieces so that memory stays flat."""
+    size = crc = 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            size += len(piece)
+            crc = zlib.crc32(piece, crc)
+    return [size, crc]

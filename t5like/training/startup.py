@@ -1,0 +1,82 @@
+"""Where a run's state comes from: its own last checkpoint, another run's, or fresh values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+from absl import logging
+
+from t5like.errors import UserError
+from t5like.training import identity, mesh as mesh_lib, state as state_lib, step as step_lib
+from t5like.training.checkpoints import Checkpoints
+from t5like.training.init_from import InitFrom
+from t5like.training.optimizers import Optimizer
+from t5like.training.state import TrainState
+
+
+def restore_or_init(
+    checkpoints: Checkpoints,
+    *,
+    init_fn: Callable[[jax.Array], Any],
+    transform: optax.GradientTransformation,
+    seed: int,
+    mesh: jax.sharding.Mesh,
+    frozen: Any = None,
+    init_from: InitFrom | None = None,
+    check: Callable[[dict[str, Any]], None] = lambda info: None,
+) -> tuple[TrainState, dict[str, Any]]:
+    """Returns (state, the checkpoint's info or {} for a fresh run), replicated over the mesh.
+
+    Args:
+      init_fn: key -> parameters; traced, and run only when there is no checkpoint.
+      check: called with the info of a checkpoint before it is used; may raise.
+
+    Raises:
+      UserError: see Checkpoints.restore_latest and InitFrom.apply.
+    """
+    key = step_lib.run_key(seed, step_lib.INIT_STREAM)
+
+    def fresh(key):
+        return state_lib.create(init_fn(key), transform)
+
+    template = jax.eval_shape(fresh, key).replace(frozen=frozen)
+    template = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=mesh_lib.replicated(mesh)),
+        template,
+    )
+    found = checkpoints.restore_latest(template, check)
+    if found is not None:
+        return found
+    state = jax.jit(fresh, out_shardings=mesh_lib.replicated(mesh))(key)
+    state = state.replace(frozen=mesh_lib.put_replicated(frozen, mesh))
+    return (state if init_from is None else init_from.apply(state, template)), {}
+
+
+def check_same_run(info: Mapping[str, Any], record: Mapping[str, Any], workdir: str) -> None:
+    """Raises UserError where a checkpoint's identity or vocabulary is not this run's."""
+    identity.compare(info["identity"], record["identity"], workdir)
+    if info["vocabulary"] != record["vocabulary"]:
+        raise UserError(
+            f"{workdir} was trained with another vocabulary (fingerprint {info['vocabulary']}, "
+            f"now {record['vocabulary']}): put the old vocabulary back or choose another --workdir"
+        )
+
+
+def warn_of_new_total(optimizer: Optimizer, step: int, old: int, new: int) -> None:
+    """Says so when a changed budget changes the learning rate of a run in progress."""
+    schedule = optimizer.learning_rate
+    if old == new or not schedule.depends_on_total:
+        return
+    logging.warning(
+        "the run is now %d updates long, not %d: %s depends on that, so the learning rate at step "
+        "%d is %.3g instead of %.3g",
+        new,
+        old,
+        type(schedule).__name__,
+        step,
+        schedule.build(new)(step),
+        schedule.build(old)(step),
+    )

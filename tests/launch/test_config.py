@@ -1,0 +1,168 @@
+"""gin pages as users meet them: by short name, left to right, with errors that say how to mend."""
+
+import dataclasses
+import pathlib
+
+import pytest
+
+from launch import cli, config, registry
+from t5like.errors import UserError
+
+QUICKSTART = "gin_configs/runs/quickstart.gin"
+PAGES = sorted(str(p.relative_to(config.PAGES.parent)) for p in config.PAGES.rglob("*.gin"))
+
+
+def error(*bindings, files=(QUICKSTART,)):
+    with pytest.raises(UserError) as caught:
+        config.load(files, bindings)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_page_builds_on_the_quickstart(page):
+    files = [QUICKSTART] if page == QUICKSTART else [QUICKSTART, page]
+    run = config.load(files, ["train.steps = 1"]).run
+    assert dataclasses.is_dataclass(run.model) and dataclasses.is_dataclass(run.objective)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if "/runs/" in p or "/papers/" in p])
+def test_every_run_page_stands_alone_and_states_its_command(page):
+    assert config.load([page]).run.steps is not None
+    head = (config.PAGES.parent / page).read_text().split("\n\n")[0]
+    assert page in head and head.startswith("#"), "a run page starts with its command"
+
+
+def test_pages_are_found_by_short_name_from_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (QUICKSTART, "runs/quickstart.gin"):
+        assert config.load([name]).run == config.load([QUICKSTART]).run
+
+
+def test_a_page_in_the_working_directory_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("mine.gin").write_text(f"include '{QUICKSTART}'\ntrain.steps = 7\n")
+    assert config.load(["mine.gin"]).run.steps == 7
+
+
+def test_an_include_is_found_beside_its_page(tmp_path):
+    (tmp_path / "inner.gin").write_text("train.steps = 3\n")
+    (tmp_path / "outer.gin").write_text(f"include '{QUICKSTART}'\ninclude 'inner.gin'\n")
+    assert config.load([str(tmp_path / "outer.gin")]).run.steps == 3
+
+
+def test_later_pages_and_the_command_line_override_earlier_ones(tmp_path):
+    page = tmp_path / "page.gin"
+    page.write_text("train.steps = 5\ntrain.batch_size = 6\n")
+    run = config.load([QUICKSTART, str(page)], ["train.steps = 8"]).run
+    assert (run.steps, run.batch_size) == (8, 6)
+
+
+def test_an_objective_page_brings_its_default_architecture():
+    assert config.load([QUICKSTART]).run.model.architecture == "encoder_decoder"
+    run = config.load([QUICKSTART, "gin_configs/objectives/mlm.gin"]).run
+    assert (type(run.objective).__name__, run.model.architecture) == ("MaskedLM", "encoder")
+
+
+def test_the_resolved_text_rebuilds_the_same_run_and_names_places(tmp_path):
+    resolved = config.load([QUICKSTART], ["train.steps = 11"])
+    page = tmp_path / "config.gin"
+    page.write_text(resolved.text())
+    assert config.load([str(page)]).run == resolved.run
+    lines = resolved.text().splitlines()
+    assert "train.steps = 11  # command line" in lines
+    assert any(s.startswith("train.keep = ") and s.endswith("# default") for s in lines)
+    assert any("# gin_configs/runs/quickstart.gin:" in s for s in lines)
+
+
+def test_arguments_with_gin_names_become_bindings():
+    argv = ["train", "--gin.train.steps=20", "--gin.A.b='x=y'", "--workdir=w"]
+    assert cli.rewrite_gin_arguments(argv) == [
+        "train", "--gin_bindings=train.steps = 20", "--gin_bindings=A.b = 'x=y'", "--workdir=w",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="no value"):
+        cli.rewrite_gin_arguments(["--gin.train.steps"])
+
+
+# --- errors ----------------------------------------------------------------------------------
+
+
+def test_a_misspelt_parameter_names_the_nearest(tmp_path):
+    page = tmp_path / "page.gin"
+    page.write_text("# a comment\n\ntrain.stepz = 3\n")
+    message = error(files=[QUICKSTART, str(page)])
+    assert "page.gin:3" in message and "'stepz'" in message and "'steps'" in message
+
+
+def test_a_misspelt_configurable_names_the_nearest(tmp_path):
+    assert "'train'" in error("tarin.steps = 3")
+    page = tmp_path / "page.gin"
+    page.write_text("train.steps = 3\ntrain.objective = @MaskedLN()\n")
+    message = error(files=[QUICKSTART, str(page)])
+    assert "page.gin:2" in message and "'MaskedLM'" in message
+
+
+def test_a_missing_page_names_the_nearest():
+    assert f"{QUICKSTART!r}" in error(files=["runs/quikstart.gin"])
+
+
+def test_a_syntax_error_names_file_and_line(tmp_path):
+    page = tmp_path / "page.gin"
+    page.write_text("train.steps = 3\ntrain.length = (1,\n")
+    assert "page.gin:" in error(files=[QUICKSTART, str(page)])
+
+
+def test_an_unquoted_string_on_the_command_line_is_explained():
+    assert "quotes" in error("train.init_from = some/dir")
+
+
+def test_missing_required_bindings_are_listed():
+    message = error(files=["gin_configs/objectives/mlm.gin"])
+    assert "'model'" in message and "'vocabulary'" in message
+
+
+def test_no_configuration_at_all():
+    assert "quickstart" in error(files=[])
+
+
+def test_a_required_value_and_a_macro_without_value():
+    assert "train.steps" in error("train.steps = %gin.REQUIRED")
+    assert "%STEPS" in error("train.steps = %STEPS")
+
+
+@pytest.mark.parametrize(
+    "binding",
+    [
+        "train.batch_size = 'many'",
+        "train.batch_size = 0",
+        "train.shuffle = 'no'",
+        "train.accumulate = 7",
+        "train.keep_best = 'nowhere'",
+        "train.optimizer = 'adam'",
+        "train.rates = {'a': 1.0}",
+        "ModelConfig.position = 'foo'",
+        "SpanCorruption.noise_density = 1.5",
+    ],
+)
+def test_a_value_that_its_class_refuses_names_the_binding(binding):
+    name = binding.split(" = ")[0]
+    message = error(binding)
+    assert name in message and "command line" in message
+
+
+def test_no_budget():
+    assert "train.steps" in error("train.steps = None")
+
+
+def test_a_whole_float_serves_as_an_int():
+    assert config.load([QUICKSTART], ["train.batch_size = 16.0"]).run.batch_size == 16
+
+
+def test_every_objective_source_and_optimizer_is_configurable():
+    names = set(registry.configurable_classes())
+    assert {
+        "CausalLM", "PrefixLM", "MaskedLM", "SpanCorruption", "TextSource", "JsonlSource",
+        "PythonSource", "TfdsSource", "SeqioSource", "SentencePieceVocabulary", "ByteVocabulary",
+        "AdamW", "Adafactor", "Lion", "Muon", "ModelConfig",
+    } <= names  # fmt: skip
