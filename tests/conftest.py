@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 import pathlib
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+# Compilation and busy machines make the first example of a property slow.
+hypothesis.settings.register_profile("t5like", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("t5like")
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import pathlib
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -85,10 +86,10 @@ def _locked(directory: pathlib.Path) -> Iterator[None]:
 
 def _build(source: Source, vocabulary: Any, directory: pathlib.Path, workers: int, show: bool):
     fingerprint = corpus_fingerprint(source, vocabulary)
-    folder = directory / f"parts-{fingerprint}"
+    num_shards = source.num_shards()
+    folder = directory / f"parts-{fingerprint}-of-{num_shards}"
     with writing(folder):
         folder.mkdir(exist_ok=True)
-    num_shards = source.num_shards()
     summaries = _write_parts(source, vocabulary, folder, num_shards, workers, show)
     broken = sum(sum(summary["skipped"].values()) for summary in summaries)
     if broken:
@@ -111,6 +112,8 @@ def _build(source: Source, vocabulary: Any, directory: pathlib.Path, workers: in
     parts.merge(list(zip(stems, summaries, strict=True)), directory, index)
     for left_over in directory.glob("parts-*"):
         shutil.rmtree(left_over, ignore_errors=True)
+    for left_over in directory.glob("*.tmp"):
+        left_over.unlink(missing_ok=True)
 
 
 def _write_parts(source, vocabulary, folder, num_shards, workers, show) -> list[dict[str, Any]]:
@@ -128,7 +131,7 @@ def _write_parts(source, vocabulary, folder, num_shards, workers, show) -> list[
 def _in_processes(write, num_shards, folder, workers, advance, finish) -> list[dict[str, Any]]:
     # spawn: forking a process that runs JAX or TensorFlow threads can deadlock.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _die_with_parent) as pool:
         futures = [pool.submit(write, shard, num_shards, folder) for shard in range(num_shards)]
         try:
             for future in concurrent.futures.as_completed(futures):
@@ -142,6 +145,16 @@ def _in_processes(write, num_shards, folder, workers, advance, finish) -> list[d
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
         return [future.result() for future in futures]
+
+
+def _die_with_parent() -> None:
+    """Ends a worker whose parent was killed; the pool itself would leave it waiting for ever."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager

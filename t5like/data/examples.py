@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-
 # --- units: how a corpus is cut into records -------------------------------------------------
 
 

@@ -102,7 +102,40 @@ class Pipeline:
             )
         size = self.batch_size // shard_count
         start = step * self.batch_size + shard_index * size
-        indices = self._examples_of_rows(start, start + size)
+        return self._lay_out(self._examples_of_rows(start, start + size))
+
+    def one_pass(self, limit: int | None = None) -> Iterator[dict[str, np.ndarray]]:
+        """Batches that cover the corpora once, for evaluation; empty rows fill the last one.
+
+        Args:
+          limit: most batches, None for all.
+        """
+        rows = self._rows_of_a_pass()
+        for _ in range(limit) if limit is not None else itertools.count():
+            chosen = list(itertools.islice(rows, self.batch_size))
+            if not chosen:
+                return
+            yield self._lay_out(chosen + [[]] * (self.batch_size - len(chosen)))
+
+    def _rows_of_a_pass(self) -> Iterator[list[int]]:
+        """Examples of each row, of as many examples as there are units (by rate, in a mixture)."""
+        rates = sum(c.rate for c in self.components)
+        shares = [
+            c.rate / rates / len(units)
+            for c, units in zip(self.components, self._stream.units, strict=True)
+        ]
+        count = round(1 / sum(shares))
+        if not self.pack:
+            yield from ([index] for index in range(count))
+            return
+        for group in range(-(-count // self._group_size)):
+            for row in self._packed.rows(group):
+                kept = [int(i) for i in row + group * self._group_size if i < count]
+                if kept:
+                    yield kept
+
+    def _lay_out(self, indices: list[list[int]]) -> dict[str, np.ndarray]:
+        """A batch of rows, each given as the numbers of its examples."""
         read = self._stream.reader()
         rows = [[read(index).example for index in row] for row in indices]
         try:

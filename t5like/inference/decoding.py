@@ -84,7 +84,7 @@ def sample(
     max_new_tokens: int,
     eos_id: int | None,
     pad_id: int = 0,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling,
     num_samples: int = 1,
     rows: jax.Array | None = None,
     allowed: jax.Array | None = None,

@@ -8,54 +8,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from t5like.data.examples import Seq2Seq
 from t5like.data.layout import lay_out
 from t5like.errors import UserError
 from t5like.inference.batching import batches
-from t5like.inference.beam import beam_search
-from t5like.inference.decoding import Decoded, sample
-from t5like.inference.sampling import GREEDY, Sampling
+from t5like.inference.compiled import DEFAULT, Decoding, decode_batch, score_batch
+from t5like.inference.decoding import Decoded
 from t5like.inference.text import decode_after
-from t5like.models.cache import init_cache, take_rows
 from t5like.models.config import ModelConfig
-from t5like.models.transformer import Transformer
-
-
-@dataclasses.dataclass(frozen=True)
-class Decoding:
-    """How sequences are generated. Hashable: one compilation for each that is used.
-
-    Attributes:
-      max_new_tokens: T, the longest continuation, EOS included.
-      sampling: temperature, top-k and top-p; greedy by default. Unused by a beam search.
-      num_samples: samples of each prompt.
-      beams: 0 samples; K > 0 searches with K beams and returns K sequences, best first.
-      alpha: exponent of the beam search's length penalty.
-    """
-
-    max_new_tokens: int = 64
-    sampling: Sampling = GREEDY
-    num_samples: int = 1
-    beams: int = 0
-    alpha: float = 0.6
-
-    def __post_init__(self):
-        for name, least in (("max_new_tokens", 1), ("num_samples", 1), ("beams", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        if self.beams and self.num_samples > 1:
-            raise UserError(
-                f"beams={self.beams} and num_samples={self.num_samples} exclude each other: a "
-                "beam search returns its beams; set one of the two"
-            )
-        if self.beams and self.sampling.temperature:
-            raise UserError(
-                f"beams={self.beams} and temperature={self.sampling.temperature} exclude each "
-                "other: a beam search does not sample; set one of the two to 0"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +69,7 @@ class Generator:
             )
 
     def complete(
-        self, prompts: Sequence[str], decoding: Decoding = Decoding(), *, seed: int = 0
+        self, prompts: Sequence[str], decoding: Decoding = DEFAULT, *, seed: int = 0
     ) -> list[list[Completion]]:
         """Continues each prompt; prompt + text reads as one.
 
@@ -133,7 +95,7 @@ class Generator:
         ]
 
     def generate(
-        self, inputs: Sequence[np.ndarray], decoding: Decoding = Decoding(), *, seed: int = 0
+        self, inputs: Sequence[np.ndarray], decoding: Decoding = DEFAULT, *, seed: int = 0
     ) -> list[list[Completion]]:
         """As `complete`, from token ids [n] exactly as given (no EOS is added)."""
         for ids in inputs:
@@ -143,7 +105,7 @@ class Generator:
         for (width,), rows, count in batches([len(i) + 1 for i in inputs], self.batch_size):
             batch = self._prompts([inputs[row] for row in rows], width)
             decoded = jax.device_get(
-                _decode(self.params, batch, rows, key, self._allowed, self._static, decoding)
+                decode_batch(self.params, batch, rows, key, self._allowed, self._static, decoding)
             )
             for place, row in enumerate(rows[:count]):
                 results[row] = self._completions(decoded, place)
@@ -178,7 +140,9 @@ class Generator:
         for (length, *rest), rows, count in batches(lengths, self.batch_size):
             pairs = [(inputs[row], targets[row]) for row in rows]
             batch = self._rows(pairs, length, rest[0] if rest else None)
-            scores[rows[:count]] = jax.device_get(_score(self.params, batch, self.config))[:count]
+            scores[rows[:count]] = jax.device_get(score_batch(self.params, batch, self.config))[
+                :count
+            ]
         return scores
 
     # --- parts ---
@@ -244,70 +208,5 @@ class Generator:
             ended = bool(length) and tokens[-1] == self.vocabulary.eos_id
             tokens = tokens[:-1] if ended else tokens
             text = self.vocabulary.decode(tokens)
-            completions.append(
-                Completion(tokens, text, float(log_prob), float(score), bool(ended))
-            )
+            completions.append(Completion(tokens, text, float(log_prob), float(score), bool(ended)))
         return completions
-
-
-@functools.partial(jax.jit, static_argnames=("static", "decoding"))
-def _decode(params, batch, rows, key, allowed, static, decoding: Decoding) -> Decoded:
-    """Decodes a batch of prompts as `Generator._prompts` lays them out."""
-    config, eos_id, pad_id = static
-    model = Transformer(config)
-    prompts = batch["decoder_input_tokens"]
-
-    def apply(tokens, positions, state, **encoded):
-        logits, updated = model.apply(
-            {"params": params, "cache": state["cache"]},
-            tokens,
-            positions,
-            prefix_lengths=state.get("prefix_lengths"),
-            encoder_segment_ids=state.get("encoder_segment_ids"),
-            **encoded,
-            method="decode_step",
-            mutable=["cache"],
-        )
-        return logits, state | updated
-
-    slots = prompts.shape[1] + decoding.max_new_tokens
-    if config.architecture == "encoder_decoder":
-        features = [batch[f"encoder_{name}"] for name in ("input_tokens", "segment_ids")]
-        positions = batch["encoder_positions"]
-        encoded = model.apply({"params": params}, *features, positions, method="encode")
-        cache = init_cache(config, prompts.shape[0], slots, encoded.shape[1])
-        state = {"cache": cache, "encoder_segment_ids": batch["encoder_segment_ids"]}
-        # This call keeps the cross-attention's keys and values in the cache.
-        _, state = apply(prompts, jnp.zeros_like(prompts), state, encoded=encoded)
-    else:
-        prefix_lengths = jnp.sum(batch["decoder_causal_attention"], axis=1)
-        cache = init_cache(config, prompts.shape[0], slots)
-        state = {"cache": cache, "prefix_lengths": prefix_lengths}
-
-    arguments = (apply, state, prompts, jnp.sum(batch["decoder_segment_ids"] != 0, axis=1))
-    shared = dict(
-        max_new_tokens=decoding.max_new_tokens,
-        eos_id=eos_id,
-        pad_id=pad_id,
-        allowed=allowed,
-        gather=_gather,
-    )
-    if decoding.beams:
-        return beam_search(*arguments, beams=decoding.beams, alpha=decoding.alpha, **shared)
-    settings = dict(sampling=decoding.sampling, num_samples=decoding.num_samples, rows=rows)
-    return sample(*arguments, key, **settings, **shared)
-
-
-def _gather(state, rows: jax.Array):
-    """Rows of a decoding state: the cache knows its own layout, the rest has rows first."""
-    rest = {name: value[rows] for name, value in state.items() if name != "cache"}
-    return rest | {"cache": take_rows(state["cache"], rows)}
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _score(params, batch, config: ModelConfig) -> jax.Array:
-    """Summed log-probabilities [B] of the targets that have weight."""
-    log_probs = jax.nn.log_softmax(Transformer(config).apply({"params": params}, batch), axis=-1)
-    targets = batch["decoder_target_tokens"][:, :, None]
-    gained = jnp.take_along_axis(log_probs, targets, axis=-1)[:, :, 0]
-    return jnp.sum(gained * batch["decoder_loss_weights"], axis=1)

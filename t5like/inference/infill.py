@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from t5like.errors import UserError
-from t5like.inference.generate import Completion, Decoding, Generator
+from t5like.inference.compiled import DEFAULT, Decoding
+from t5like.inference.generate import Completion, Generator
 from t5like.inference.text import decode_after, encode_after
 
 BLANK = "____"
@@ -126,7 +127,7 @@ def join(parts: Sequence[str], fills: Sequence[str]) -> str:
 def infill(
     generator: Generator,
     texts: Sequence[str],
-    decoding: Decoding = Decoding(),
+    decoding: Decoding = DEFAULT,
     *,
     seed: int = 0,
     blank: str = BLANK,

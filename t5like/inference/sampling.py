@@ -49,9 +49,7 @@ def keep_top_k(logits: jax.Array, k: int) -> jax.Array:
     if k >= logits.shape[-1]:
         return logits
     _, ids = jax.lax.top_k(logits, k)
-    keep = jnp.put_along_axis(
-        jnp.zeros(logits.shape, bool), ids, True, axis=-1, inplace=False
-    )
+    keep = jnp.put_along_axis(jnp.zeros(logits.shape, bool), ids, True, axis=-1, inplace=False)
     return jnp.where(keep, logits, -jnp.inf)
 
 

@@ -32,6 +32,48 @@ def embedding_init(config: ModelConfig) -> nn.initializers.Initializer:
     return nn.initializers.normal(1.0)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def dot(x: jax.Array, kernel: jax.Array, dtype: str, out_dtype: str) -> jax.Array:
+    """x [..., in] times kernel [in, out], with a gradient that suits every backend.
+
+    The kernel's gradient is written as x transposed times the cotangent, accumulated and kept in
+    float32. (Left to itself, differentiation writes it the other way round, and XLA's CPU
+    backend then transposes the cotangent, recomputing the activation's gradient element by
+    element in the slow order: a gated MLP's backward pass takes 1.5 times as long.)
+
+    Args:
+      x: [..., in].
+      kernel: [in, out], in the parameter dtype.
+      dtype: in which both are multiplied.
+      out_dtype: of the result.
+
+    Returns:
+      [..., out].
+    """
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
+    return jnp.dot(x, kernel, preferred_element_type=jnp.dtype(out_dtype))
+
+
+def _dot_forward(x: jax.Array, kernel: jax.Array, dtype: str, out_dtype: str):
+    return dot(x, kernel, dtype, out_dtype), (x, kernel)
+
+
+def _dot_backward(dtype: str, out_dtype: str, residuals, gradient: jax.Array):
+    x, kernel = residuals
+    gradient, leading = gradient.astype(dtype), tuple(range(x.ndim - 1))
+    x_gradient = jnp.einsum("...o,io->...i", gradient, kernel.astype(dtype))
+    kernel_gradient = jax.lax.dot_general(
+        x.astype(dtype),
+        gradient,
+        ((leading, leading), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+    return x_gradient.astype(x.dtype), kernel_gradient.astype(kernel.dtype)
+
+
+dot.defvjp(_dot_forward, _dot_backward)
+
+
 class Dense(nn.Module):
     """x [..., in] -> [..., features], with a bias where the config has biases."""
 
@@ -46,7 +88,7 @@ class Dense(nn.Module):
         kernel = self.param(
             "kernel", kernel_init(config, self.init_scale), shape, jnp.dtype(config.param_dtype)
         )
-        y = jnp.dot(x.astype(dtype), kernel.astype(dtype))
+        y = dot(x, kernel, config.dtype, config.dtype)
         if config.use_bias:
             zeros = nn.initializers.zeros_init()
             bias = self.param("bias", zeros, (self.features,), jnp.dtype(config.param_dtype))
@@ -102,13 +144,7 @@ class Embed(nn.Module):
 
     def attend(self, x: jax.Array) -> jax.Array:
         """x [..., width] -> its product with every row, float32 [..., rows]."""
-        return dot_float32(x, self.embedding.T, self.config)
-
-
-def dot_float32(x: jax.Array, kernel: jax.Array, config: ModelConfig) -> jax.Array:
-    """x [..., in] times kernel [in, out]: inputs in the compute dtype, a float32 result."""
-    dtype = jnp.dtype(config.dtype)
-    return jnp.dot(x.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
+        return dot(x, self.embedding.T, self.config.dtype, "float32")
 
 
 class Mlp(nn.Module):

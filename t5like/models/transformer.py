@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from kernels import masks
 from t5like.errors import UserError
 from t5like.models.config import ModelConfig
-from t5like.models.layers import ACTIVATIONS, Dense, Embed, Norm, dot_float32, kernel_init
+from t5like.models.layers import ACTIVATIONS, Dense, Embed, Norm, dot, kernel_init
 from t5like.models.stack import Context, Stack
 
 Batch = Mapping[str, jax.Array]
@@ -174,7 +174,7 @@ class Head(nn.Module):
         else:
             shape = (x.shape[-1], vocab)
             kernel = self.param("kernel", kernel_init(config), shape, param_dtype)
-            logits = dot_float32(x, kernel, config)
+            logits = dot(x, kernel, config.dtype, "float32")
         if config.logits_bias:
             zeros = nn.initializers.zeros_init()
             logits += self.param("bias", zeros, (vocab,), param_dtype).astype(jnp.float32)

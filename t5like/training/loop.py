@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from t5like.training import evaluation, mesh as mesh_lib, peaks, signals, startup
+from t5like.training import cadence, evaluation, mesh as mesh_lib, peaks, signals, startup
 from t5like.training import step as step_lib, writers
 from t5like.training.checkpoints import Checkpoints
 from t5like.training.init_from import InitFrom
@@ -132,11 +132,15 @@ def fit(
             check=lambda info: startup.check_same_run(info, record, str(workdir)),
         )
         first = int(state.step)
-        if info and first >= total_steps:
+        evaluated = bool(info.get("metrics")) or not evals
+        if info and (first > total_steps or (first == total_steps and evaluated)):
             logging.warning("%s has done its %d updates: raise the budget to go on", folder, first)
             return FitResult(state, {}, "nothing to do")
         if info:
             startup.warn_of_new_total(optimizer, first, info["total_steps"], total_steps)
+        outputs = writers.open_all(folder, first, total_steps, progress, tensorboard)
+        for output in outputs:
+            stack.callback(output.close)
         loop = _Loop(
             update=step_lib.make_train_step(
                 loss_fn,
@@ -150,14 +154,17 @@ def fit(
             evals=evals or {},
             mesh=mesh,
             seed=seed,
-            every=_Every(
-                total_steps, log_every, eval_every, checkpoint_every_steps,
-                checkpoint_every_minutes,
+            every=cadence.Every(
+                total_steps,
+                log=log_every,
+                evaluate=eval_every,
+                save=checkpoint_every_steps,
+                save_minutes=checkpoint_every_minutes,
             ),
             checkpoints=checkpoints,
             record=(record, config_text),
             costs=(tokens_per_step, flops_per_step),
-            outputs=_open_outputs(folder, first, total_steps, progress, tensorboard, stack),
+            outputs=outputs,
             hash_fn=hash_fn,
             stop=stop,
         )
@@ -166,30 +173,24 @@ def fit(
         return loop.run(state, info, iterator)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Every:
-    """When what is done; the last update logs, evaluates and saves in any case."""
-
-    total_steps: int
-    log: int | None
-    evaluate: int | None
-    save: int | None
-    save_minutes: float | None
-
-    def due(self, every: int | None, step: int) -> bool:
-        return step == self.total_steps or bool(every and step % every == 0)
-
-    def save_due(self, step: int, seconds: float) -> bool:
-        late = self.save_minutes is not None and seconds >= 60 * self.save_minutes
-        return late or self.due(self.save, step)
-
-
 class _Loop:
     """One call's worth of training; `fit` builds it and says what the arguments are."""
 
     def __init__(
-        self, *, update, eval_step, evals, mesh, seed, every, checkpoints, record, costs, outputs,
-        hash_fn, stop,
+        self,
+        *,
+        update,
+        eval_step,
+        evals,
+        mesh,
+        seed,
+        every,
+        checkpoints,
+        record,
+        costs,
+        outputs,
+        hash_fn,
+        stop,
     ):
         self._update, self._eval_step, self._evals = update, eval_step, evals
         self._put = functools.partial(mesh_lib.put_batch, mesh=mesh)
@@ -202,7 +203,7 @@ class _Loop:
         self._tokens, self._flops = costs
         self._hash_fn, self._stop = hash_fn, stop
         self._last_lines: dict[str, dict[str, Any]] = {}
-        self._stopwatch = _Stopwatch()
+        self._stopwatch = cadence.Stopwatch()
 
     def run(
         self, state: TrainState, info: dict[str, Any], batches: Iterator[tuple[int, Batch]]
@@ -305,39 +306,3 @@ class _Loop:
         self._last_lines[line["split"]] = line
         for output in self._outputs:
             output.write(line)
-
-
-class _Stopwatch:
-    """Seconds spent on updates since the last restart, pauses left out."""
-
-    def __init__(self):
-        self.restart()
-
-    def restart(self) -> None:
-        self._start = time.monotonic()
-
-    def seconds(self) -> float:
-        return time.monotonic() - self._start
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        before = self.seconds()
-        yield
-        self._start = time.monotonic() - before
-
-
-def _open_outputs(
-    folder: epath.Path, step: int, total_steps: int, progress: bool, tensorboard: bool, stack
-) -> list[writers.Writer]:
-    """The writers of this process, closed with `stack`; only the first process writes."""
-    if jax.process_index() != 0:
-        return []
-    outputs: list[writers.Writer] = [writers.JsonLines(folder / "metrics.jsonl", step)]
-    stack.callback(outputs[0].close)
-    if tensorboard:
-        outputs.append(writers.TensorBoard(folder / "tensorboard", step))
-        stack.callback(outputs[-1].close)
-    if progress:
-        outputs.append(writers.Screen(step, total_steps))
-        stack.callback(outputs[-1].close)
-    return outputs

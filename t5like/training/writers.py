@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import tensorboardX
 from etils import epath
 from rich import console, progress
@@ -139,6 +140,20 @@ class Screen(Writer):
         done = max(step - self._start, 1)
         seconds = (time.monotonic() - self._started) / done * (self._total - step)
         return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+
+
+def open_all(
+    folder: epath.Path, step: int, total_steps: int, screen: bool, tensorboard: bool
+) -> list[Writer]:
+    """The writers of a run that goes on from `step`; none except in the first process."""
+    if jax.process_index() != 0:
+        return []
+    opened: list[Writer] = [JsonLines(folder / "metrics.jsonl", step)]
+    if tensorboard:
+        opened.append(TensorBoard(folder / "tensorboard", step))
+    if screen:
+        opened.append(Screen(step, total_steps))
+    return opened
 
 
 def _parse(text: str) -> dict[str, Any] | None:

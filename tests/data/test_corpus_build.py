@@ -78,9 +78,10 @@ SCRIPT = f"""
             if len(calls) == int(sys.argv[4]) + 1:
                 os.kill(os.getpid(), signal.SIGKILL)
 
+    files.SHARD_BYTES = {SHARD_BYTES}
+    parts._batches = deadly
+
     if __name__ == "__main__":
-        files.SHARD_BYTES = {SHARD_BYTES}
-        parts._batches = deadly
         source = JsonlSource(sys.argv[1])
         build_corpus(source, ByteVocabulary(), sys.argv[2], workers=int(sys.argv[3]))
 """
@@ -119,6 +120,16 @@ def test_killed_build_keeps_finished_shards(source, expected, tmp_path, monkeypa
     build_corpus(source, BYTES, directory, workers=1)
     assert redone == [3, 4]
     assert stored(directory) == expected
+
+
+def test_killed_worker_is_an_error_and_keeps_finished_shards(source, expected, tmp_path):
+    build = start_build(tmp_path, tmp_path / "store", workers=2, die_in=1)
+    _, errors = build.communicate()
+    assert build.returncode == 1
+    assert b"UserError: a tokenising process was killed" in errors
+    assert list((tmp_path / "store").glob("parts-*/*.json"))
+    build_corpus(source, BYTES, tmp_path / "store", workers=1)
+    assert stored(tmp_path / "store") == expected
 
 
 def test_killed_merge_starts_again(source, expected, tmp_path, monkeypatch):

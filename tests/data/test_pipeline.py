@@ -223,3 +223,21 @@ def test_a_broken_bound_names_the_example():
     made = pipeline(Component("liar", MemoryCorpus([160]), TooLong(Window(40))))
     with pytest.raises(ValueError, match=r"example \d+ \(of 'liar'\): 80 inputs and targets"):
         made.batch(0)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("unit", [Window(50), Document(40)])
+def test_one_pass_covers_the_corpus_once_and_fills_up_with_empty_rows(pack, unit):
+    data = pipeline(Component("all", CORPUS, Copy(unit), 1.0), pack=pack, shuffle=False)
+    batches = list(data.one_pass())
+    assert {b["decoder_input_tokens"].shape for b in batches} == {(8, 64)}
+    targets = np.concatenate([b["decoder_target_tokens"][b["decoder_loss_weights"] > 0]
+                              for b in batches])  # fmt: skip
+    np.testing.assert_array_equal(np.sort(targets), np.arange(2, CORPUS.num_tokens + 2))
+    assert len(list(data.one_pass(limit=3))) == 3
+
+
+def test_one_pass_of_a_mixture_has_as_many_examples_as_cover_it_in_sum():
+    parts = [Component(name, CORPUS, Copy(Window(50)), rate) for name, rate in (("a", 1), ("b", 3))]
+    rows = sum((b["decoder_loss_weights"].sum(1) > 0).sum() for b in pipeline(*parts).one_pass())
+    assert rows == -(-CORPUS.num_tokens // 50)

@@ -76,6 +76,12 @@ class Toy:
         return loop.fit(total_steps=total_steps, **{**defaults, **kwargs})
 
 
+@pytest.fixture(scope="session")
+def toy_in():
+    """workdir -> a toy."""
+    return Toy
+
+
 @pytest.fixture
 def toy(tmp_path) -> Toy:
     return Toy(tmp_path / "run")

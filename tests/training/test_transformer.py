@@ -1,4 +1,4 @@
-"""The loop with a real model: scanned layers, bfloat16 compute, dropout, Muon, accumulation."""
+"""The loop with a real model: bfloat16 compute, dropout, Muon, accumulation."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from t5like.training.terms import Term
 CONFIG = ModelConfig(
     architecture="decoder",
     vocab_size=32,
-    num_layers=2,
+    num_layers=1,
     d_model=16,
     d_ff=32,
     num_heads=2,
@@ -23,7 +23,6 @@ CONFIG = ModelConfig(
     position="rope",
     dropout_rate=0.1,
     dtype="bfloat16",
-    scan_layers=True,
 )
 MODEL = Transformer(CONFIG)
 

@@ -1,0 +1,75 @@
+"""Masks against their definitions, slot by slot."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels import masks
+
+FLAGS = np.array([[1, 1, 0, 0], [0, 0, 0, 0]])
+IDS = np.array([[1, 1, 2, 0], [1, 2, 2, 2]])
+
+
+def by_definition(sees, batch: int, q_len: int, kv_len: int) -> np.ndarray:
+    """bool [B, Q, K] of sees(row, query slot, key slot)."""
+    entries = [
+        [[bool(sees(b, i, j)) for j in range(kv_len)] for i in range(q_len)] for b in range(batch)
+    ]
+    return np.array(entries)
+
+
+CASES = {
+    "full": (masks.Full(), lambda b, i, j: True),
+    "causal": (masks.Causal(), lambda b, i, j: j <= i),
+    "strictly causal": (masks.Causal(offset=-1), lambda b, i, j: j < i),
+    "prefix flags": (masks.Prefix(FLAGS), lambda b, i, j: FLAGS[b, i] and FLAGS[b, j]),
+    "prefix lengths": (
+        masks.Prefix(np.array([3, 0])),
+        lambda b, i, j: i < (3, 0)[b] and j < (3, 0)[b],
+    ),
+    "segments": (
+        masks.Segments(IDS, IDS),
+        lambda b, i, j: IDS[b, i] == IDS[b, j] and IDS[b, i] != 0,
+    ),
+    "window": (masks.SlidingWindow(left=1, right=0), lambda b, i, j: i - 1 <= j <= i),
+    "half open window": (masks.SlidingWindow(right=1), lambda b, i, j: j <= i + 1),
+    "dense": (masks.Dense(FLAGS[:, None, :] != 0), lambda b, i, j: FLAGS[b, j]),
+    "causal or prefix": (
+        masks.Causal() | masks.Prefix(FLAGS),
+        lambda b, i, j: j <= i or (FLAGS[b, i] and FLAGS[b, j]),
+    ),
+    "and not": (
+        masks.Causal() & ~masks.SlidingWindow(left=0, right=0),
+        lambda b, i, j: j <= i and i != j,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_definition(name):
+    mask, sees = CASES[name]
+    dense = np.broadcast_to(mask.dense(4, 4), (2, 4, 4))
+    np.testing.assert_array_equal(dense, by_definition(sees, 2, 4, 4))
+    assert dense.dtype == bool
+
+
+@given(start=st.integers(0, 6), length=st.integers(1, 3), prefix=st.integers(0, 9))
+@settings(max_examples=20, deadline=None)
+def test_positions_pick_rows_of_the_whole_mask(start, length, prefix):
+    positions = np.arange(start, start + length)[None]
+    whole = masks.Causal() | masks.Prefix(np.array([prefix]))
+    step = masks.Causal(q_positions=positions) | masks.Prefix(
+        np.array([prefix]), q_positions=positions
+    )
+    expected = whole.dense(9, 9)[:, start : start + length]
+    np.testing.assert_array_equal(step.dense(length, 9), expected)
+
+
+def test_masks_pass_through_jit_as_arguments():
+    mask = masks.Causal(offset=1) & masks.Segments(IDS, IDS)
+    dense = jax.jit(lambda m: m.dense(4, 4))(mask)
+    np.testing.assert_array_equal(dense, mask.dense(4, 4))
