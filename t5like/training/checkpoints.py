@@ -7,10 +7,11 @@ renames it when all is in place.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -19,8 +20,8 @@ from absl import logging
 from etils import epath
 
 from t5like.errors import UserError
-from t5like.training import manifest
-from t5like.training.state import TrainState, leaf_names
+from t5like.training import manifest, signature
+from t5like.training.state import TrainState
 
 _ASIDE = ".damaged"
 _LEAVING = ".deleted"
@@ -68,7 +69,7 @@ class Checkpoints:
         """
         self.wait()
         step = int(info["step"])
-        self._handler.manifest = {**info, "arrays": describe(state)}, config_text
+        self._handler.manifest = {**info, "arrays": signature.of(_tree(state))}, config_text
         with _naming(self.directory):
             self._writer.save(self.directory / str(step), args=_SaveArgs(_tree(state)))
         self._pending = step
@@ -114,7 +115,7 @@ class Checkpoints:
             try:
                 info = manifest.verify(path)
                 check(info)
-                compare_arrays(info["arrays"], describe(template), path)
+                signature.compare(info["arrays"], signature.of(_tree(template)), path)
                 state = _read(self._writer, path, template)
             except manifest.Damaged as problem:
                 logging.warning("checkpoint %s is damaged and is not used: %s", path, problem)
@@ -193,27 +194,23 @@ class _RestoreArgs(ocp.args.PyTreeRestore):
     """See _SaveArgs."""
 
 
-class _naming:
+@contextlib.contextmanager
+def _naming(path: epath.Path) -> Iterator[None]:
     """Turns a failed write into a UserError that names the path."""
-
-    def __init__(self, path: epath.Path):
-        self._path = path
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if error is None or isinstance(error, UserError) or not isinstance(error, Exception):
-            return False
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
         # Orbax reports a full disk as a ValueError with the system's words in it.
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise UserError(
-                f"the disk is full: no checkpoint could be written to {self._path}; earlier "
+                f"the disk is full: no checkpoint could be written to {path}; earlier "
                 "checkpoints are intact: free some space and run the same command again"
             ) from error
         if isinstance(error, OSError):
-            raise UserError(f"cannot write checkpoints to {self._path}: {error}") from error
-        return False
+            raise UserError(f"cannot write checkpoints to {path}: {error}") from error
+        raise
 
 
 def steps_in(directory: epath.PathLike) -> list[int]:
@@ -222,44 +219,6 @@ def steps_in(directory: epath.PathLike) -> list[int]:
     if not directory.is_dir():
         return []
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
-
-
-def describe(tree: Any) -> dict[str, list[Any]]:
-    """{name: [shape, dtype name]} of a tree of arrays."""
-    return {
-        name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in leaf_names(_tree(tree)).items()
-    }
-
-
-def compare_arrays(old: dict[str, Any], new: dict[str, Any], path: epath.Path) -> None:
-    """Raises UserError naming the first arrays that differ between a checkpoint and a model."""
-    missing = [name for name in new if name not in old]
-    extra = [name for name in old if name not in new]
-    changed = [
-        f"{name} is {_show(old[name])} there and {_show(new[name])} here"
-        for name in new
-        if name in old and list(old[name]) != list(new[name])
-    ]
-    parts = [
-        _some("it lacks", missing),
-        _some("it has, and the model lacks,", extra),
-        _some("", changed),
-    ]
-    if missing or extra or changed:
-        raise UserError(
-            f"checkpoint {path} does not fit this model: " + "; ".join(filter(None, parts))
-        )
-
-
-def _some(what: str, names: list[str], limit: int = 5) -> str:
-    if not names:
-        return ""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return f"{what} {', '.join(names[:limit])}{more}".strip()
-
-
-def _show(array: list[Any]) -> str:
-    return f"{array[1]}{array[0]}"
 
 
 def _tree(state: Any) -> Any:

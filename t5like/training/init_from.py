@@ -11,7 +11,7 @@ from etils import epath
 from flax import traverse_util
 
 from t5like.errors import UserError
-from t5like.training import checkpoints, manifest
+from t5like.training import checkpoints, manifest, signature
 from t5like.training.state import TrainState
 
 
@@ -49,8 +49,9 @@ class InitFrom:
                 "InitFrom.keep_optimizer takes the whole state: leave InitFrom.prefixes empty"
             )
         path, info = find(self.path)
-        checkpoints.compare_arrays(info["arrays"], checkpoints.describe(template), path)
         tree = {"step": template.step, "params": template.params, "opt_state": template.opt_state}
+        stored = {n: a for n, a in info["arrays"].items() if not n.startswith("frozen/")}
+        signature.compare(stored, signature.of(tree), path)
         return state.replace(**_checked(path, tree))
 
 
@@ -125,7 +126,7 @@ def _checked(path: epath.Path, tree: Any) -> Any:
 def _compare(stored: Mapping[str, Any], wanted: Mapping[str, Any], path, strict: bool) -> None:
     start = "params/"
     old = {n.removeprefix(start): v for n, v in stored.items() if n.startswith(start)}
-    new = checkpoints.describe(dict(wanted))
+    new = signature.of(dict(wanted))
     if not strict:
         old = {name: value for name, value in old.items() if name in new}
-    checkpoints.compare_arrays(old, new, path)
+    signature.compare(old, new, path)

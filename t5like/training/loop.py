@@ -31,10 +31,12 @@ _IN_FLIGHT = 2
 
 @dataclasses.dataclass(frozen=True)
 class FitResult:
-    """Attributes:
-    state: the last state.
-    metrics: {split: the last log line of that split written by this call}.
-    stopped_by: "budget", or "nothing to do" where the workdir's run had finished before.
+    """What a call of `fit` ends with.
+
+    Attributes:
+      state: the last state.
+      metrics: {split: the last log line of that split written by this call}.
+      stopped_by: "budget", or "nothing to do" where the workdir's run had finished before.
     """
 
     state: TrainState

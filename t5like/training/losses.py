@@ -44,7 +44,7 @@ def cross_entropy(
     section 5; first in Mesh TensorFlow).
 
     Args:
-      logits: [..., V], any float dtype. One softmax is kept as residual: none, logits are.
+      logits: [..., V], any float dtype; the backward pass keeps them and log(Z), no softmax.
       targets: int [...], in [0, V); a target outside gives NaN.
       weights: float [...].
       z_loss: coefficient of log(Z)**2.
@@ -52,13 +52,22 @@ def cross_entropy(
     """
     weights = weights.astype(jnp.float32)
     loss, log_z = _token_loss(logits, targets, label_smoothing)
-    correct = jax.lax.stop_gradient(jnp.argmax(logits, axis=-1) == targets)
+    correct = _first_largest(jax.lax.stop_gradient(logits), targets)
     return TokenLoss(
         loss_sum=jnp.sum(loss * weights),
         z_loss_sum=z_loss * jnp.sum(jnp.square(log_z) * weights),
         correct_sum=jnp.sum(correct * weights),
         weight_sum=jnp.sum(weights),
     )
+
+
+def _first_largest(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """bool [...]: `argmax(logits, -1) == targets`, at a fraction of argmax's price on CPUs."""
+    target_logit = jnp.take_along_axis(logits, targets[..., None], axis=-1)
+    classes = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    before = classes < targets[..., None]  # argmax gives ties to the first
+    beaten = jnp.where(before, logits >= target_logit, logits > target_logit)
+    return ~jnp.any(beaten, axis=-1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

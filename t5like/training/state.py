@@ -12,11 +12,13 @@ import optax
 
 @flax.struct.dataclass
 class TrainState:
-    """Attributes:
-    step: int32 scalar, the number of updates done.
-    params: the trained parameters.
-    opt_state: optax's state; all counts inside equal `step`.
-    frozen: trees that losses read and gradients do not reach (teachers), or None.
+    """A run between two updates.
+
+    Attributes:
+      step: int32 scalar, the number of updates done.
+      params: the trained parameters.
+      opt_state: optax's state; all counts inside equal `step`.
+      frozen: trees that losses read and gradients do not reach (teachers), or None.
     """
 
     step: jax.Array
@@ -33,9 +35,3 @@ def create(params: Any, transform: optax.GradientTransformation, frozen: Any = N
         opt_state=transform.init(params),
         frozen=frozen,
     )
-
-
-def leaf_names(tree: Any) -> dict[str, Any]:
-    """{"params/encoder/kernel": leaf, ...} in tree order, the names used in every message."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 
+from t5like.models.axes import parameter_shapes
 from t5like.models.config import ModelConfig
-from t5like.models.transformer import Transformer, init_parameters
+from t5like.models.transformer import Transformer
 
 LENGTH, TARGETS = 10, 8
 
@@ -54,12 +55,18 @@ FAMILIES = {
 
 @functools.cache
 def parameters_of(config: ModelConfig) -> dict:
-    """A parameter tree that depends on the config alone, biases and scales shaken."""
-    params = jax.jit(lambda rng: init_parameters(config, rng))(jax.random.key(0))
-    leaves, tree = jax.tree.flatten(params)
+    """Random parameters with no zeros and no ones, drawn in NumPy (no compilation)."""
     rng = np.random.default_rng(0)
-    shaken = [leaf + 0.1 * rng.normal(size=leaf.shape).astype(leaf.dtype) for leaf in leaves]
-    return jax.tree.unflatten(tree, shaken)
+
+    def draw(path: tuple, shape: jax.ShapeDtypeStruct) -> np.ndarray:
+        normal, leaf = rng.normal(size=shape.shape), path[-1].key
+        if leaf == "kernel":
+            normal /= np.sqrt(shape.shape[-2])
+        elif leaf != "embedding":
+            normal = 0.1 * normal + (leaf == "scale")
+        return normal.astype(shape.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, parameter_shapes(config))
 
 
 def batch_of(architecture: str, rows: int = 2) -> dict[str, np.ndarray]:

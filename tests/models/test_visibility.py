@@ -74,7 +74,7 @@ def test_all_prefix_decoder_is_an_encoder(tiny, family):
 
 
 def pack(tiny, architecture: str) -> tuple[dict, dict]:
-    """(a row of two examples and padding, the same examples one a row)."""
+    """(a row of two examples and padding, twice over; the same examples one a row)."""
     single = tiny.batch(architecture)
     lengths = {"encoder": (4, 5), "decoder": (3, 4)}
     packed = {}
@@ -91,7 +91,7 @@ def pack(tiny, architecture: str) -> tuple[dict, dict]:
         packed[f"{stack}_segment_ids"][0, : first + second] = [1] * first + [2] * second
         ids[0, :first], ids[1, :second] = 1, 1
         single[f"{stack}_segment_ids"] = ids
-    return packed, single
+    return {name: row.repeat(2, 0) for name, row in packed.items()}, single
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -114,10 +114,16 @@ def test_sigterm_while_evaluating_saves_and_evaluates_on_resume(toy, toy_parts):
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    with pytest.raises(signals.Preempted):
-        toy.fit(8, evals={"held_out": evaluation}, eval_every=4)
-    assert saved_steps(toy)[-1] == 4
+    def interrupted(step):
+        with pytest.raises(signals.Preempted):
+            toy.fit(8, evals={"held_out": evaluation}, eval_every=step)
+        assert saved_steps(toy)[-1] == step
+
+    interrupted(4)
     assert not lines(toy, "held_out")
+    with pytest.raises(signals.Preempted):
+        toy.fit(8, evals=held_out(toy_parts), eval_every=4, batches=sigterm_at(toy_parts, 5))
+    interrupted(8)
     toy.fit(8, evals=held_out(toy_parts), eval_every=4)
     assert [line["step"] for line in lines(toy, "held_out")] == [4, 8]
 

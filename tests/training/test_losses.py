@@ -73,6 +73,11 @@ def test_correct_sum_counts_the_weighted_hits(case):
     np.testing.assert_allclose(cross_entropy(*case).correct_sum, hits, rtol=1e-6)
 
 
+def test_ties_are_the_first_classes():
+    logits, weights = jnp.asarray([[2.0, 3, 3, 1], [2.0, 3, 3, 1]]), jnp.ones(2)
+    assert cross_entropy(logits, jnp.asarray([1, 2]), weights).correct_sum == 1
+
+
 def test_a_perfect_prediction_costs_nothing_under_label_smoothing():
     smoothed = np.log(np.r_[0.9, np.full(V - 1, 0.1 / (V - 1))])[None].astype(np.float32)
     targets, weights = jnp.zeros(1, jnp.int32), jnp.ones(1)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from t5like.errors import UserError
-from t5like.training import mesh as mesh_lib, optimizers, state as state_lib, step as step_lib
+from t5like.training import optimizers, state as state_lib, step as step_lib
 from t5like.training.schedules import Constant
 from t5like.training.terms import Term
 
@@ -60,7 +60,7 @@ def test_the_gradient_is_that_of_the_sum_of_ratios(toy_parts):
 def test_weights_cost_no_second_forward_pass(toy_parts):
     """The pass that sums the weights is emptied by the compiler."""
 
-    def flops(loss_fn, accumulate):
+    def matmuls(loss_fn, accumulate):
         transform = OPTIMIZER.build(10)
         update = step_lib.make_train_step(
             loss_fn, transform, OPTIMIZER.schedule(10), accumulate=accumulate
@@ -75,7 +75,7 @@ def test_weights_cost_no_second_forward_pass(toy_parts):
         y = jnp.tanh(batch["x"] @ params["w"]) @ params["w"]
         return {"y": Term(jnp.sum(y), jnp.float32(y.size))}
 
-    assert flops(loss_fn, 4) == flops(loss_fn, 1) > 0
+    assert matmuls(loss_fn, 4) == matmuls(loss_fn, 1) > 0
 
 
 def test_a_term_of_weight_zero_counts_as_nothing():
