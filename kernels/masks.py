@@ -150,9 +150,7 @@ class Segments(Mask):
         return (q == kv) & (q != 0)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=[], meta_fields=["left", "right"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["left", "right"])
 @dataclasses.dataclass(frozen=True)
 class SlidingWindow(Mask):
     """A query at slot i sees slots i - left to i + right; None leaves that side open."""

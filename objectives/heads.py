@@ -61,7 +61,7 @@ def next_token_losses(
       predictions: see `token_losses`.
 
     Returns:
-      Terms "loss", "z_loss" (if asked for) and the metric "accuracy", each over the same weight.
+      Terms "cross_entropy", "z_loss" (if asked for) and the metric "accuracy", each over the same weight.
     """
     rngs = {"dropout": rng} if train else {}
     hidden = apply({"params": params}, batch, train=train, rngs=rngs, method="hidden")
@@ -76,7 +76,7 @@ def next_token_losses(
         predictions=predictions,
     )
     weight = jnp.sum(weights.astype(jnp.float32))
-    terms = {"loss": Term(loss, weight)}
+    terms = {"cross_entropy": Term(loss, weight)}
     if z_loss:
         terms["z_loss"] = Term(z, weight)
     return terms | {"accuracy": Term(correct, weight, coefficient=0.0)}

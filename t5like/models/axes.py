@@ -11,14 +11,14 @@ from t5like.models.config import ModelConfig
 from t5like.models.transformer import init_parameters
 
 # Name of the module that holds a parameter -> axes of its kernel or table, T5X's names.
-# A bias carries its kernel's last axis. None is never sharded: the other width of a square or
-# narrow map whose wide side already carries "embed".
+# A bias carries its kernel's last axis. Where both sides of a map have a model width, the one
+# that a mesh should not shard has a name of its own.
 _AXES = {
     "token_embedder": ("vocab", "embed"),
     "position_embedder": ("positions", "embed"),
     "token_type_embedder": ("token_types", "embed"),
     "relative_bias": ("relpos_buckets", "heads"),
-    "projection": (None, "embed"),
+    "projection": ("embedding", "embed"),
     "query": ("embed", "joined_kv"),
     "key": ("embed", "joined_kv"),
     "value": ("embed", "joined_kv"),
@@ -27,7 +27,7 @@ _AXES = {
     "wi_0": ("embed", "mlp"),
     "wi_1": ("embed", "mlp"),
     "wo": ("mlp", "embed"),
-    "transform": ("embed", None),
+    "transform": ("embed", "transform"),
     "head": ("embed", "vocab"),
 }
 
@@ -38,7 +38,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Any]:
 
 
 def logical_axes(config: ModelConfig) -> dict[str, Any]:
-    """The parameter tree with a tuple of axis names (str or None) for each parameter.
+    """The parameter tree with a tuple of axis names, one an axis, for each parameter.
 
     Scanned layers have "layers" as their first axis.
     """
@@ -46,7 +46,7 @@ def logical_axes(config: ModelConfig) -> dict[str, Any]:
     return traverse_util.unflatten_dict({path: _axes(path) for path in flat})
 
 
-def _axes(path: tuple[str, ...]) -> tuple[str | None, ...]:
+def _axes(path: tuple[str, ...]) -> tuple[str, ...]:
     module, leaf = path[-2:]
     axes = ("embed",) if module.endswith("norm") else _AXES[module]
     if leaf == "bias":

@@ -27,6 +27,7 @@ def init_cache(
     Returns:
       a tree with leaves [B, S or K, N, Dh], or [layers, B, ...] where layers are scanned.
     """
+
     def keys_and_values(length: int) -> Cache:
         shape = (batch_size, length, config.kv_heads, config.head_dim)
         if config.scan_layers:

@@ -62,7 +62,8 @@ def _stack_flops(config: ModelConfig, stack: str, shapes: Mapping[str, tuple[int
     layer = length * (queries_and_out + keys_and_values + mlp) + square
     if stack == "decoder" and "encoder" in shapes:
         source = shapes["encoder"][1]
-        layer += length * queries_and_out + source * keys_and_values + 4.0 * joined * length * source
+        layer += length * queries_and_out + source * keys_and_values
+        layer += 4.0 * joined * length * source
     projection = 2.0 * config.embedding_width * d if config.embedding_width != d else 0.0
     return config.stacks[stack] * layer + length * projection
 

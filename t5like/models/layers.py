@@ -50,12 +50,17 @@ def dot(x: jax.Array, kernel: jax.Array, dtype: str, out_dtype: str) -> jax.Arra
     Returns:
       [..., out].
     """
+    return _product(x, kernel, dtype, out_dtype)
+
+
+def _product(x: jax.Array, kernel: jax.Array, dtype: str, out_dtype: str) -> jax.Array:
     x, kernel = x.astype(dtype), kernel.astype(dtype)
     return jnp.dot(x, kernel, preferred_element_type=jnp.dtype(out_dtype))
 
 
 def _dot_forward(x: jax.Array, kernel: jax.Array, dtype: str, out_dtype: str):
-    return dot(x, kernel, dtype, out_dtype), (x, kernel)
+    # Not `dot` again: a remat policy must see the product itself to know that it may keep it.
+    return _product(x, kernel, dtype, out_dtype), (x, kernel)
 
 
 def _dot_backward(dtype: str, out_dtype: str, residuals, gradient: jax.Array):

@@ -44,14 +44,14 @@ def sinusoids(positions: jax.Array, width: int) -> jax.Array:
 
     Args:
       positions: int [B, L].
-      width: of the encoding, even.
+      width: of the encoding; an odd one loses the last cosine.
 
     Returns:
       float32 [B, L, width].
     """
     frequency = 10_000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
     angle = positions[:, :, None].astype(jnp.float32) * frequency
-    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)[..., :width]
 
 
 class RelativePositionBias(nn.Module):
@@ -61,7 +61,9 @@ class RelativePositionBias(nn.Module):
     bidirectional: bool
 
     @nn.compact
-    def __call__(self, q_positions: jax.Array | None, kv_positions: jax.Array | None):
+    def __call__(
+        self, q_positions: jax.Array | None, kv_positions: jax.Array | None
+    ) -> RelativeBias:
         """See kernels.RelativeBias for the arguments and the result."""
         config = self.config
         table = self.param(

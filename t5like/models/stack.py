@@ -6,7 +6,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 
-from kernels import masks
+from kernels import RelativeBias, masks
 from t5like.models.attention import Attention
 from t5like.models.config import ModelConfig
 from t5like.models.layers import Dense, Dropout, Embed, Mlp, Norm
@@ -41,7 +41,7 @@ class Context:
     mask: masks.Mask
     q_positions: jax.Array | None = None
     kv_positions: jax.Array | None = None
-    bias: object = None
+    bias: RelativeBias | None = None
     rotation: Rotation | None = None
     slots: jax.Array | None = None
     encoded: jax.Array | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -30,11 +31,7 @@ def bucket_by_definition(distance: int, bidirectional: bool, num: int, max_dista
     if n < exact:
         return base + n
     steps = num - exact
-    s = max(
-        s
-        for s in range(steps + 1)
-        if n**steps * exact**s >= exact**steps * max_distance**s
-    )
+    s = max(s for s in range(steps + 1) if n**steps * exact**s >= exact**steps * max_distance**s)
     return base + min(exact + s, num - 1)
 
 
@@ -72,20 +69,27 @@ def test_known_values():
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize("q_len, kv_len", [(1, 1), (1, 9), (9, 1), (7, 7), (5, 12), (12, 5)])
 def test_slots_equal_explicit_positions(bidirectional, q_len, kv_len):
+    """Values and the table's gradient, laid out from distances or gathered one by one."""
     table = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
-
-    def dense(table, *positions):
-        bias = RelativeBias(table, *positions, bidirectional=bidirectional, max_distance=10)
-        return bias.dense(q_len, kv_len)
-
-    positions = np.arange(q_len)[None], np.arange(kv_len)[None]
-    assert dense(table).shape == (1, 3, q_len, kv_len)
-    np.testing.assert_array_equal(dense(table), dense(table, *positions))
     weights = jnp.arange(q_len * kv_len, dtype=jnp.float32).reshape(q_len, kv_len)
-    gradients = [
-        jax.grad(lambda t, p=p: (dense(t, *p) * weights).sum())(table) for p in ((), positions)
-    ]
-    np.testing.assert_allclose(*gradients, rtol=1e-5)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def dense_and_gradient(table, explicit):
+        positions = (jnp.arange(q_len)[None], jnp.arange(kv_len)[None]) if explicit else ()
+
+        def weighted(table):
+            bias = RelativeBias(table, *positions, bidirectional=bidirectional, max_distance=10)
+            dense = bias.dense(q_len, kv_len)
+            return (dense * weights).sum(), dense
+
+        gradient, dense = jax.grad(weighted, has_aux=True)(table)
+        return dense, gradient
+
+    dense, gradient = dense_and_gradient(table, False)
+    expected, expected_gradient = dense_and_gradient(table, True)
+    assert dense.shape == (1, 3, q_len, kv_len)
+    np.testing.assert_array_equal(dense, expected)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-5)
 
 
 def test_rows_of_positions():

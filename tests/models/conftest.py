@@ -15,6 +15,9 @@ from t5like.models.transformer import Transformer
 
 LENGTH, TARGETS = 10, 8
 
+# Compiling is most of what these tests do: LLVM's optimisation is left out, XLA's own is not.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
 TINY = ModelConfig(
     vocab_size=32,
     num_layers=2,
@@ -85,7 +88,7 @@ def batch_of(architecture: str, rows: int = 2) -> dict[str, np.ndarray]:
 
 @functools.cache
 def _jitted(config: ModelConfig):
-    return jax.jit(lambda params, batch: Transformer(config).apply({"params": params}, batch))
+    return quick_jit(lambda params, batch: Transformer(config).apply({"params": params}, batch))
 
 
 class Tiny:

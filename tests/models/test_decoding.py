@@ -12,6 +12,10 @@ import pytest
 from t5like.models.cache import init_cache, take_rows
 from t5like.models.transformer import Transformer
 
+# As in conftest.py: XLA's optimisation, without LLVM's, which is most of the compile time.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
 SLOTS = 14
 
 
@@ -30,12 +34,12 @@ def stepper(config):
         )
         return logits, mutated["cache"]
 
-    return jax.jit(step)
+    return quick_jit(step)
 
 
 @functools.cache
 def encoder(config):
-    return jax.jit(
+    return quick_jit(
         lambda params, tokens, ids: Transformer(config).apply(
             {"params": params}, tokens, ids, method="encode"
         )

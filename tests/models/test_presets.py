@@ -120,8 +120,14 @@ def test_flops_match_xla(name):
 def test_flops_by_hand():
     """One layer, every product written out."""
     config = ModelConfig(
-        architecture="decoder", vocab_size=10, num_layers=1, d_model=2, d_ff=3, head_dim=5,
-        num_heads=4, num_kv_heads=2,
+        architecture="decoder",
+        vocab_size=10,
+        num_layers=1,
+        d_model=2,
+        d_ff=3,
+        head_dim=5,
+        num_heads=4,
+        num_kv_heads=2,
     )
     tokens = np.zeros((7, 6), np.int32)
     attention = 2 * 6 * 2 * (20 + 10 + 10 + 20) + 2 * (2 * 6 * 6 * 20) / 2

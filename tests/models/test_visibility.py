@@ -103,9 +103,7 @@ def test_packing_isolation(tiny, family, architecture):
     first, second = (4, 5) if architecture == "encoder" else (3, 4)
     together, alone = tiny.logits(config, packed), tiny.logits(config, single)
     np.testing.assert_allclose(together[0, :first], alone[0, :first], atol=2e-5)
-    np.testing.assert_allclose(
-        together[0, first : first + second], alone[1, :second], atol=2e-5
-    )
+    np.testing.assert_allclose(together[0, first : first + second], alone[1, :second], atol=2e-5)
 
 
 @pytest.mark.parametrize("architecture", ["encoder", "decoder", "encoder_decoder"])
@@ -143,9 +141,7 @@ def test_absent_features_mean_one_unpadded_example_a_row(tiny):
     for architecture in ("encoder", "decoder", "encoder_decoder"):
         config, batch = tiny.config(architecture), tiny.batch(architecture)
         bare = {name: value for name, value in batch.items() if name.endswith("tokens")}
-        np.testing.assert_allclose(
-            tiny.logits(config, bare), tiny.logits(config, batch), atol=1e-6
-        )
+        np.testing.assert_allclose(tiny.logits(config, bare), tiny.logits(config, batch), atol=1e-6)
 
 
 def test_token_types_are_read(tiny):

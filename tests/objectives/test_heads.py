@@ -89,7 +89,7 @@ def test_terms_by_hand_and_under_uniform_logits(objective, architecture, setting
     log_z = np.log(np.exp(logits).sum(-1))
     nll = log_z - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
     assert weights.sum() > 0
-    np.testing.assert_allclose(terms["loss"].sum, (nll * weights).sum(), rtol=1e-5)
+    np.testing.assert_allclose(terms["cross_entropy"].sum, (nll * weights).sum(), rtol=1e-5)
     correct = (logits.argmax(-1) == targets) * weights
     np.testing.assert_allclose(terms["accuracy"].sum, correct.sum())
     assert terms["accuracy"].coefficient == 0
@@ -99,7 +99,7 @@ def test_terms_by_hand_and_under_uniform_logits(objective, architecture, setting
             terms["z_loss"].sum, 1e-4 * (log_z**2 * weights).sum(), rtol=1e-5
         )
 
-    uniform = compute(jax.tree.map(np.zeros_like, params), batch)[0]["loss"]
+    uniform = compute(jax.tree.map(np.zeros_like, params), batch)[0]["cross_entropy"]
     np.testing.assert_allclose(uniform.sum / uniform.weight, np.log(V), rtol=1e-6)
 
 

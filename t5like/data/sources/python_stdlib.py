@@ -20,7 +20,7 @@ from t5like.errors import UserError
 
 SPLITS = ("train", "validation")
 CONTENTS = ("all", "code", "prose")
-_HELD_OUT_ONE_IN = 50
+_HELD_OUT_ONE_IN = 20
 _NOT_THE_LIBRARY = {
     *("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"),
     # Tables written by a program, and one that names this machine's paths.
@@ -41,7 +41,7 @@ class PythonSource(Source):
     Metadata: `path` (a module's file, or `topics/<name>`) and `kind` ("code" or "prose").
 
     Attributes:
-      split: "train", or "validation" for the one document in 50 that a hash of its path picks;
+      split: "train", or "validation" for the one document in 20 that a hash of its path picks;
         a module's code and its docstrings are on the same side.
       content: "all", "code" or "prose".
     """
