@@ -98,8 +98,13 @@ class Objective:
         """
         raise NotImplementedError
 
-    def train_flops(self, config: Any, spec: Mapping[str, tuple]) -> float:
-        """Model FLOPs of a training step (three forward passes) on a batch of this spec."""
-        from t5like.models.flops import forward_flops
+    @property
+    def usual_predictions(self) -> int | None:
+        """Positions of a row whose logits are computed (see heads.token_losses); None: all."""
+        return None
 
-        return 3.0 * forward_flops(config, spec)
+    def train_flops(self, config: Any, spec: Mapping[str, tuple]) -> float:
+        """Model FLOPs of a training step on a batch of this spec, forward and backward."""
+        from t5like.models.flops import train_flops
+
+        return train_flops(config, spec, self.usual_predictions)

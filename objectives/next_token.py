@@ -49,11 +49,6 @@ class NextToken(Objective):
     def _eos(self) -> int:
         return self.setting.vocabulary.eos_id
 
-    @property
-    def usual_predictions(self) -> int | None:
-        """Positions of a row whose logits are computed, see heads.token_losses; None: all."""
-        return None
-
     # JAX is imported here, not above: a data loader's worker needs the host half only.
 
     def network(self, config: Any) -> Any:

@@ -26,11 +26,14 @@ def parameter_count(config: ModelConfig) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
-def forward_flops(config: ModelConfig, spec: Mapping[str, Any]) -> float:
+def forward_flops(
+    config: ModelConfig, spec: Mapping[str, Any], predictions: int | None = None
+) -> float:
     """FLOPs of one forward pass over a batch, logits included.
 
     Args:
       config: of the model.
+      predictions: positions of a row whose logits are asked for; None: all.
       spec: feature name -> (shape, dtype), or -> anything with `.shape` such as an array; the
         shapes [B, L] of `encoder_input_tokens` and `decoder_input_tokens` are read, where the
         architecture has them.
@@ -38,12 +41,15 @@ def forward_flops(config: ModelConfig, spec: Mapping[str, Any]) -> float:
     shapes = {stack: _shape(spec[f"{stack}_input_tokens"]) for stack in config.stacks}
     total = sum(_stack_flops(config, stack, shapes) for stack in config.stacks)
     batch, length = shapes["encoder" if config.architecture == "encoder" else "decoder"]
-    return batch * (total + length * _head_flops(config))
+    asked = length if predictions is None else min(predictions, length)
+    return batch * (total + asked * _head_flops(config))
 
 
-def train_flops(config: ModelConfig, spec: Mapping[str, Any]) -> float:
+def train_flops(
+    config: ModelConfig, spec: Mapping[str, Any], predictions: int | None = None
+) -> float:
     """FLOPs of one training step over a batch: the backward pass costs two forward passes."""
-    return 3.0 * forward_flops(config, spec)
+    return 3.0 * forward_flops(config, spec, predictions)
 
 
 def _shape(feature: Any) -> tuple[int, int]:
