@@ -4,7 +4,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 WORKDIR ?= runs/quickstart
 PAGE ?= gin_configs/runs/quickstart.gin
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+
+# Fewer page faults for XLA's temporaries: a fifth of a small model's step on a CPU.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: train test lint lock clean
 

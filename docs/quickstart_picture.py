@@ -20,18 +20,17 @@ def draw(workdir: pathlib.Path, target: pathlib.Path) -> None:
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(9, 3.2), width_ratios=[3, 2], layout="constrained"
     )
-    left.plot([x["tokens"] / 1e6 for x in train], [x["loss"] for x in train], lw=1, label="train")
-    left.plot(
-        [x["tokens"] / 1e6 for x in held_out], [x["loss"] for x in held_out], "o", ms=4,
-        label="held-out files",
-    )  # fmt: skip
+    millions = train[-1]["tokens"] / train[-1]["step"] / 1e6
+    for split, style, label in ((train, "-", "train"), (held_out, "o", "held-out files")):
+        x, y = [line["step"] * millions for line in split], [line["loss"] for line in split]
+        left.plot(x, y, style, lw=1, ms=4, label=label)
     left.set(xlabel="million tokens", ylabel="loss, nats a target token", title="Training")
     left.legend(frameon=False)
 
     bars = {
         "the model": quality["loss"],
         "given another\nexample's input": quality["wrong_input_loss"],
-        "token frequencies\nalone": quality["unigram_entropy"],
+        "unigram\nentropy": quality["unigram_entropy"],
     }
     drawn = right.barh(list(bars), list(bars.values()), color=["C0", "C1", "0.7"])
     right.bar_label(drawn, fmt="%.2f", padding=3)

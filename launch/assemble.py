@@ -18,6 +18,7 @@ from launch.run_config import RunConfig
 from objectives.base import Objective, Setting
 from t5like.data.corpus import Corpus, build_corpus
 from t5like.data.pipeline import Component, Pipeline
+from t5like.errors import UserError
 from t5like.models.config import ModelConfig
 
 
@@ -90,11 +91,30 @@ def bind(config: RunConfig, vocabulary, corpus: Corpus | None) -> Objective:
 
 
 def sized(model: ModelConfig, vocabulary) -> ModelConfig:
-    """The model with its embedding sized from the vocabulary, if no page sized it."""
+    """The model with its embedding sized from the vocabulary, if no page sized it.
+
+    Raises:
+      UserError: a page sized it too small for the vocabulary.
+    """
     if model.vocab_size is not None:
+        if model.vocab_size < vocabulary.size:
+            raise UserError(
+                f"ModelConfig.vocab_size is {model.vocab_size}, less than the vocabulary's "
+                f"{vocabulary.size} ids: set it to None or raise it"
+            )
         return model
     rows = -(-vocabulary.size // model.vocab_multiple) * model.vocab_multiple
     return dataclasses.replace(model, vocab_size=rows)
+
+
+def check_positions(model: ModelConfig, objective: Objective) -> None:
+    """Raises UserError if rows are longer than the model's learned positions."""
+    longest = max(objective.lengths.inputs, objective.lengths.targets)
+    if model.position == "learned" and longest > model.max_length:
+        raise UserError(
+            f"ModelConfig.max_length is {model.max_length}, but rows hold {longest} tokens and "
+            "positions are learned: raise it, or lower train.length"
+        )
 
 
 def make_pipeline(
@@ -138,13 +158,13 @@ def assemble_data(config: RunConfig, workdir: str | None, *, progress: bool = Tr
     cache = cache_directory(config, workdir)
     vocabulary = resolve_vocabulary(config, cache)
     # An objective that cannot train this architecture must say so before the corpus is built.
-    bind(config, vocabulary, None)
+    model = sized(config.model, vocabulary)
+    check_positions(model, bind(config, vocabulary, None))
     corpora = {
         name: (open_corpus(source, vocabulary, cache, progress=progress), rate)
         for name, (source, rate) in config.sources().items()
     }
     objective = bind(config, vocabulary, next(iter(corpora.values()))[0])
-    model = sized(config.model, vocabulary)
     pipeline = make_pipeline(config, vocabulary, objective, corpora, cache)
     return Data(vocabulary, corpora, model, objective, pipeline)
 

@@ -57,7 +57,7 @@ def losses_table(use: InputUse) -> Table:
     rows = [
         ("the model", use.loss),
         ("the model, given another example's input", use.wrong_input_loss),
-        ("word frequencies alone", use.unigram_entropy),
+        ("unigram entropy: token frequencies alone", use.unigram_entropy),
     ]
     for name, value in rows:
         table.add_row(name, f"{value:.3f}", f"{value - use.loss:+.3f}")
@@ -89,14 +89,16 @@ def _readable(data: Data, pipeline: Pipeline) -> Iterator[Seq2Seq]:
 def _filled(
     vocabulary, number: int, inputs: np.ndarray, said: Sequence, truth: Sequence
 ) -> Text:
-    text = Text(f"\ninfill {number} ", style="bold")
-    text.append("(the model's words in green, in brackets what stood there)\n", style="dim")
+    text = Text(f"\nInfill {number} ", style="bold")
+    text.append("(green: the model's words; in brackets: what stood there instead)\n", style="dim")
     blanks = np.flatnonzero(np.isin(inputs, vocabulary.sentinels))
     start = 0
     for blank, (here, there) in zip(blanks, zip(said, truth, strict=True), strict=True):
         text.append(vocabulary.decode(inputs[start:blank]))
-        text.append(vocabulary.decode(here), style="bold green")
-        text.append(f"[{vocabulary.decode(there)}]", style="yellow")
+        said_here, stood_there = vocabulary.decode(here), vocabulary.decode(there)
+        text.append(said_here, style="bold green")
+        if said_here != stood_there:
+            text.append(f"[{stood_there}]", style="yellow")
         start = blank + 1
     text.append(vocabulary.decode(inputs[start:-1]) + "\n")
     return text

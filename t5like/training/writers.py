@@ -100,7 +100,7 @@ class Screen(Writer):
 
     def __init__(self, step: int, total_steps: int, out: console.Console | None = None):
         self._console = out or console.Console()
-        self._total, self._start, self._started = total_steps, step, time.monotonic()
+        self._total, self._start, self._started = total_steps, step, None
         self._bar = None
         if self._console.is_terminal:
             self._bar = progress.Progress(
@@ -115,6 +115,8 @@ class Screen(Writer):
             self._bar.start()
 
     def advance(self, step: int) -> None:
+        if self._started is None:  # Compilation, in the first update, says nothing of the rest.
+            self._start, self._started = step, time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
 
@@ -138,7 +140,8 @@ class Screen(Writer):
 
     def _seconds_left(self, step: int) -> str:
         done = max(step - self._start, 1)
-        seconds = (time.monotonic() - self._started) / done * (self._total - step)
+        started = time.monotonic() if self._started is None else self._started
+        seconds = (time.monotonic() - started) / done * (self._total - step)
         return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
 
 
