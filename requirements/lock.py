@@ -42,7 +42,9 @@ def closure(requirements: list[Requirement]) -> dict[str, str]:
 
 def main() -> None:
     own = [Requirement(text) for text in metadata.requires("t5like") or ()]
-    base = closure([r for r in own if r.marker is None])
+    # The editable install builds without isolation, so its tools are pinned too.
+    tools = [Requirement("setuptools"), Requirement("wheel")]
+    base = closure([r for r in own if r.marker is None] + tools)
     test = closure([r for r in own if r.marker is None or r.marker.evaluate({"extra": "test"})])
     write("base.txt", "What training needs", base)
     write("test.txt", "What the tests need beyond base.txt", {
