@@ -31,14 +31,18 @@ class Resolved:
 
     Attributes:
       run: the `train` configurable, built: a launch.run_config.RunConfig.
-      bindings: "scope/Name.parameter" -> value as gin text, defaults included, for everything
-        that was built.
+      bindings: "scope/Name.parameter" -> value as gin text, macros replaced and defaults
+        included, for everything that was built.
       provenance: the same names -> "file:line", where a page or flag bound them.
+      objects: "Name.parameter" -> repr of defaults that gin cannot write.
+      eval_scopes: scopes that only train.evals refers to.
     """
 
     run: object
     bindings: dict[str, str]
     provenance: dict[str, str]
+    objects: dict[str, str]
+    eval_scopes: frozenset[str]
 
     def text(self) -> str:
         """A gin page that rebuilds this configuration, each line with where it came from."""
@@ -49,6 +53,7 @@ class Resolved:
                 owner = name.rpartition(".")[0]
                 lines.append("")
             lines.append(f"{name} = {value}  # {self.provenance.get(name, 'default')}")
+        lines += ["", *(f"# {name} = {value}  # default" for name, value in self.objects.items())]
         return "\n".join(lines) + "\n"
 
 
@@ -72,21 +77,33 @@ def find_page(name: str, beside: str | None = None) -> epath.Path:
     raise UserError(f"gin file {name!r} does not exist{_nearest(name, known)}")
 
 
-def parse(gin_files: Sequence[str], bindings: Sequence[str] = ()) -> dict[str, str]:
-    """Binds pages left to right, then single bindings; returns name -> "file:line".
+@dataclasses.dataclass
+class Parsed:
+    """What was bound where.
+
+    Attributes:
+      provenance: "scope/Name.parameter", or "%NAME" of a macro -> "file:line".
+      used: scopes and macros ("%NAME") that any binding refers to, later overridden ones too.
+    """
+
+    provenance: dict[str, str] = dataclasses.field(default_factory=dict)
+    used: set[str] = dataclasses.field(default_factory=set)
+
+
+def parse(gin_files: Sequence[str], bindings: Sequence[str] = ()) -> Parsed:
+    """Binds pages left to right, then single bindings.
 
     Raises:
       UserError: anything that gin cannot read or does not know.
     """
     registry.register_all()
     gin.clear_config()
-    provenance: dict[str, str] = {}
+    parsed = Parsed()
     for name in gin_files:
-        page = find_page(name)
-        _bind(page.read_text(), str(page), provenance)
+        _bind_page(find_page(name), parsed, ())
     for binding in bindings:
-        _bind(binding, COMMAND_LINE, provenance)
-    return provenance
+        _bind(binding, COMMAND_LINE, parsed)
+    return parsed
 
 
 def load(gin_files: Sequence[str], bindings: Sequence[str] = ()) -> Resolved:
@@ -100,16 +117,30 @@ def load(gin_files: Sequence[str], bindings: Sequence[str] = ()) -> Resolved:
         raise UserError(
             "no configuration: pass --gin_file=gin_configs/runs/quickstart.gin or another page"
         )
-    provenance = parse(gin_files, bindings)
-    _check_values(provenance)
-    run = build("train", provenance)
+    parsed = parse(gin_files, bindings)
+    _check_values(parsed.provenance)
+    _check_used(parsed)
+    run = build("train", parsed.provenance)
     operative = _operative()
-    return Resolved(run, operative, {k: v for k, v in provenance.items() if k in operative})
+    for name, place in parsed.provenance.items():
+        if place == COMMAND_LINE and not name.startswith("%") and name not in operative:
+            raise UserError(
+                f"{place}: {name} has no effect: this run does not use "
+                f"{name.rpartition('.')[0]}{_nearest(name, list(operative))}"
+            )
+    return Resolved(
+        run=run,
+        bindings=operative,
+        provenance={k: v for k, v in parsed.provenance.items() if k in operative},
+        objects=_objects(run, operative),
+        eval_scopes=_eval_scopes(),
+    )
 
 
 def build(name: str, provenance: dict[str, str]):
     """Calls the configurable `name` with its bindings; gin's errors become UserErrors."""
     try:
+        gin.finalize()
         return gin.get_configurable(name)()
     except UserError as error:
         # gin appends lines of its own about where in a call it happened.
@@ -121,7 +152,18 @@ def build(name: str, provenance: dict[str, str]):
 # --- parsing ---------------------------------------------------------------------------------
 
 
-def _bind(text: str, source: str, provenance: dict[str, str]) -> None:
+def _bind_page(page: epath.Path, parsed: Parsed, including: tuple[str, ...]) -> None:
+    """Applies a page; `including` are the pages that led to it by includes."""
+    if str(page) in including:
+        raise UserError(f"{_short(str(page))} includes itself: delete one of the includes")
+    try:
+        text = page.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read gin file {page}: {error}") from error
+    _bind(text, str(page), parsed, (*including, str(page)))
+
+
+def _bind(text: str, source: str, parsed: Parsed, including: tuple[str, ...] = ()) -> None:
     """Applies every statement of one page or flag."""
     place = source
     try:
@@ -130,10 +172,9 @@ def _bind(text: str, source: str, provenance: dict[str, str]) -> None:
             line = statement.location.line_num
             place = source if source == COMMAND_LINE else f"{_short(source)}:{line}"
             if isinstance(statement, config_parser.BindingStatement):
-                _bind_one(statement, place, provenance)
+                _bind_one(statement, place, parsed)
             elif isinstance(statement, config_parser.IncludeStatement):
-                page = find_page(statement.filename, beside=source)
-                _bind(page.read_text(), str(page), provenance)
+                _bind_page(find_page(statement.filename, beside=source), parsed, including)
             elif isinstance(statement, config_parser.ImportStatement):
                 raise UserError(f"{place}: gin imports are not used here; delete the line")
     except UserError:
@@ -142,16 +183,19 @@ def _bind(text: str, source: str, provenance: dict[str, str]) -> None:
         raise UserError(_explain(error, place, source, text)) from error
 
 
-def _bind_one(statement, place: str, provenance: dict[str, str]) -> None:
+def _bind_one(statement, place: str, parsed: Parsed) -> None:
     scope, selector, parameter, value, _ = statement
-    if not parameter:
+    if parameter:
+        gin.bind_parameter((scope, selector, parameter), value)
+        short = selector.rpartition(".")[2]
+        parsed.provenance[f"{scope + '/' if scope else ''}{short}.{parameter}"] = place
+    else:
         name = f"{scope}/{selector}" if scope else selector
         gin.bind_parameter((name, "gin.macro", "value"), value)
-        provenance[f"{name}/macro.value"] = place
-        return
-    gin.bind_parameter((scope, selector, parameter), value)
-    short = selector.rpartition(".")[2]
-    provenance[f"{scope + '/' if scope else ''}{short}.{parameter}"] = place
+        parsed.provenance[f"%{name}"] = place
+    for reference in gin.config.iterate_references(value):
+        name, _, kind = reference.scoped_selector.rpartition("/")
+        parsed.used.add(f"%{name}" if kind == "gin.macro" else name)
 
 
 def _short(path: str) -> str:
@@ -162,6 +206,9 @@ def _short(path: str) -> str:
         return os.path.relpath(path) if "://" not in path else path
 
 
+# --- checks ----------------------------------------------------------------------------------
+
+
 def _check_values(provenance: dict[str, str]) -> None:
     """Raises UserError where a macro or a %gin.REQUIRED was never given a value."""
     for name, place in provenance.items():
@@ -169,16 +216,31 @@ def _check_values(provenance: dict[str, str]) -> None:
             macro, _, kind = reference.scoped_selector.rpartition("/")
             if macro == "gin.REQUIRED":
                 raise UserError(f"{name} needs a value ({place}): pass --gin.{name}=VALUE")
-            if kind == "gin.macro" and f"{macro}/macro.value" not in provenance:
+            if kind == "gin.macro" and f"%{macro}" not in provenance:
                 raise UserError(
                     f"{place}: {name} uses the macro %{macro}, which no page gives a value: add "
                     f"`{macro} = VALUE` to a page or pass --gin.{macro}=VALUE"
                 )
 
 
+def _check_used(parsed: Parsed) -> None:
+    """Raises UserError where a macro or a scope is bound that nothing refers to: a misspelling."""
+    known = [f"train.{name}" for name in _parameters("train")]
+    for name, place in parsed.provenance.items():
+        scope = name.rpartition("/")[0]
+        if name.startswith("%") and name not in parsed.used:
+            raise UserError(
+                f"{place}: nothing uses {name[1:]!r}; a setting is written NAME.PARAMETER"
+                f"{_nearest(f'train.{name[1:]}', known)}"
+            )
+        if scope and not name.startswith("%") and scope not in parsed.used:
+            scopes = sorted(used for used in parsed.used if used and not used.startswith("%"))
+            raise UserError(f"{place}: nothing uses the scope {scope!r}{_nearest(scope, scopes)}")
+
+
 def _bound(name: str):
-    """What a binding is set to, references unresolved."""
-    key = name.replace("/macro.value", "/gin.macro.value")
+    """What a binding ("%NAME" of a macro) is set to, references unresolved."""
+    key = f"{name[1:]}/gin.macro.value" if name.startswith("%") else name
     return gin.config.query_parameter(key)
 
 
@@ -186,14 +248,46 @@ def _bound(name: str):
 
 
 def _operative() -> dict[str, str]:
-    """Every parameter that the build used, as gin text, in gin's order."""
+    """Every parameter that the build used, as gin text with macros replaced, in gin's order."""
     bindings: dict[str, str] = {}
+    macros: dict[str, str] = {}
     for statement in gin.operative_config_str(max_line_length=10**6).splitlines():
         if statement.startswith("#") or " = " not in statement:
             continue
         name, _, value = statement.partition(" = ")
-        bindings[name.removeprefix("t5like.")] = value
-    return bindings
+        name = name.removeprefix("t5like.")
+        (bindings if "." in name else macros)[name] = value
+    return {name: _without_macros(value, macros) for name, value in bindings.items()}
+
+
+def _without_macros(value: str, macros: dict[str, str]) -> str:
+    def replace(match):
+        name = match[1]
+        return _without_macros(macros[name], macros) if name in macros else match[0]
+
+    return re.sub(r"%([\w/]+)", replace, value)
+
+
+def _objects(run, bindings: dict[str, str]) -> dict[str, str]:
+    """Defaults of the built parts that are objects, such as an optimiser's schedule."""
+    found = {}
+    for part in (run.model, run.objective, run.optimizer):
+        for field in dataclasses.fields(part):
+            name, value = f"{type(part).__name__}.{field.name}", getattr(part, field.name)
+            if name not in bindings and dataclasses.is_dataclass(value):
+                found[name] = repr(value)
+    return found
+
+
+def _eval_scopes() -> frozenset[str]:
+    """Scopes that train.evals refers to and no other binding of `train` does."""
+    scopes = {True: set(), False: set()}
+    for (_, selector), values in gin.config._CONFIG.items():
+        for parameter, value in values.items():
+            for reference in gin.config.iterate_references(value):
+                only_evals = selector.endswith(".train") and parameter == "evals"
+                scopes[only_evals].add(reference.scoped_selector.rpartition("/")[0])
+    return frozenset(scopes[True] - scopes[False] - {""})
 
 
 # --- errors ----------------------------------------------------------------------------------

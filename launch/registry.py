@@ -30,6 +30,7 @@ ROOMS = (
 # What the program fills in, never a gin page.
 INTERNAL_FIELDS = {"setting"}
 INTERNAL_CLASSES = {"Setting"}
+_PLAIN = {int, float, bool, str, type(None)}
 
 
 def modules(name: str) -> Iterator:
@@ -66,8 +67,8 @@ def register(cls: type, name: str) -> None:
 
     @functools.wraps(cls, updated=())
     def make(*args, **kwargs):
-        check_types(cls, name, inspect.signature(cls).bind_partial(*args, **kwargs).arguments)
-        return cls(*args, **kwargs)
+        bound = inspect.signature(cls).bind_partial(*args, **kwargs)
+        return cls(**checked(cls, name, bound.arguments))
 
     signature = inspect.signature(cls)
     kept = [p for p in signature.parameters.values() if p.name not in INTERNAL_FIELDS]
@@ -76,22 +77,39 @@ def register(cls: type, name: str) -> None:
     gin.external_configurable(make, name=name, module="t5like")
 
 
-def check_types(cls: type, name: str, values: Mapping[str, object]) -> None:
-    """Raises UserError where a plainly typed field is given a value of another type.
+def checked(cls: type, name: str, values: Mapping[str, object]) -> dict[str, object]:
+    """`values` of a dataclass's fields, whole floats made ints where ints are asked for.
 
-    Only fields made of int, float, bool, str and None are checked; gin itself checks nothing.
+    gin itself checks nothing. What is checked are fields made of int, float, bool, str, None and
+    literals, and that no field is given a class or function where its result is meant.
+
+    Raises:
+      UserError: a value of another type; names the field.
     """
-    for field, hint in typing.get_type_hints(cls).items():
-        allowed = set(typing.get_args(hint) or (hint,))
-        if field not in values or not allowed <= {int, float, bool, str, type(None)}:
-            continue
-        value = values[field]
-        if type(value) in allowed or (type(value) is int and float in allowed):
-            continue
-        if isinstance(value, float) and int in allowed and value.is_integer():
-            continue
-        wanted = " or ".join(sorted(t.__name__.replace("NoneType", "None") for t in allowed))
-        raise UserError(f"{name}.{field} is {value!r}; it must be {wanted}")
+    hints = typing.get_type_hints(cls)
+    return {
+        field: _checked_value(f"{name}.{field}", hints.get(field, object), value)
+        for field, value in values.items()
+    }
+
+
+def _checked_value(name: str, hint: object, value: object) -> object:
+    if inspect.isfunction(value) or inspect.isclass(value):
+        raise UserError(f"{name} is @{value.__name__}; write @{value.__name__}() to make one")
+    choices = typing.get_args(hint) or (hint,)
+    if typing.get_origin(hint) is typing.Literal:
+        if value not in choices:
+            wanted = " or ".join(map(repr, choices))
+            raise UserError(f"{name} is {value!r}; it must be {wanted}")
+        return value
+    if not set(choices) <= _PLAIN:
+        return value
+    if isinstance(value, float) and int in choices and float not in choices and value.is_integer():
+        return int(value)
+    if type(value) in choices or (type(value) is int and float in choices):
+        return value
+    wanted = sorted(t.__name__.replace("NoneType", "None") for t in choices)
+    raise UserError(f"{name} is {value!r}; it must be {' or '.join(wanted)}")
 
 
 @functools.cache

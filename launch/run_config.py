@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from objectives.base import Objective
+from t5like.data.sources.base import Source
 from t5like.errors import UserError
 from t5like.models.config import ModelConfig
+from t5like.training.optimizers import Optimizer
 
 # Bindings that may differ between a run and its resumption: they change how long it runs, where
 # it writes and what it reports, never what it computes at a step.
@@ -91,13 +93,16 @@ class RunConfig:
     batch_hashes: bool = False
 
     def __post_init__(self):
-        for name in ("objective", "model", "source", "vocabulary", "optimizer"):
+        self._check_parts()
+        for name in (
+            "batch_size", "length", "accumulate", "log_every", "keep", "eval_every",
+            "eval_batches", "checkpoint_every_steps", "targets_length",
+        ):  # fmt: skip
             value = getattr(self, name)
-            if value is None or isinstance(value, str):
-                raise UserError(f"train.{name} is {value!r}; bind it to a @Reference()")
-        for name in ("batch_size", "length", "accumulate", "log_every", "keep"):
-            if getattr(self, name) < 1:
-                raise UserError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
+            if value is not None and value < 1:
+                raise UserError(f"train.{name} is {value}; it must be at least 1")
+        if self.workers < 0:
+            raise UserError(f"train.workers is {self.workers}; it must be at least 0")
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"train.accumulate={self.accumulate} does not divide "
@@ -114,6 +119,33 @@ class RunConfig:
             not isinstance(self.source, Mapping) or set(self.rates) != set(self.source)
         ):
             raise UserError("train.rates needs one rate for each name in the dict train.source")
+
+    def _check_parts(self) -> None:
+        """Raises UserError where a part is not what its name says."""
+        kinds = {"objective": Objective, "model": ModelConfig, "optimizer": Optimizer}
+        parts = {name: (getattr(self, name), kind) for name, kind in kinds.items()}
+        sources = self.source if isinstance(self.source, Mapping) else {None: self.source}
+        evals = self.evals or {}
+        if not isinstance(evals, Mapping):
+            raise UserError(f"train.evals is {evals!r}; bind it to {{'NAME': @Source()}}")
+        for field, several in (("source", sources), ("evals", evals)):
+            for name, value in several.items():
+                parts[field if name is None else f"{field}[{name!r}]"] = (value, Source)
+        for name, (value, kind) in parts.items():
+            if not isinstance(value, kind):
+                raise UserError(
+                    f"train.{name} is {value!r}; bind it to a reference to a {kind.__name__}, "
+                    "such as @Name()"
+                )
+        if not hasattr(self.vocabulary, "resolve"):
+            raise UserError(
+                f"train.vocabulary is {self.vocabulary!r}; bind it to a vocabulary, @Name()"
+            )
+        if isinstance(self.init_prefixes, str):
+            raise UserError(
+                f"train.init_prefixes is {self.init_prefixes!r}; write a list, "
+                f"[{self.init_prefixes!r}]"
+            )
 
     def sources(self) -> dict[str, tuple[Any, float]]:
         """Name -> (source, rate), also for a run of a single source."""

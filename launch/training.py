@@ -72,10 +72,9 @@ def train(gin_files: Sequence[str], bindings: Sequence[str], workdir: str) -> in
 
 def run_identity(resolved: config_lib.Resolved) -> dict[str, str]:
     """The bindings that make the run what it is; what only evaluations use is free."""
-    run: RunConfig = resolved.run
     free = [f"train.{name}" for name in sorted(FREE)]
-    same, _ = identity.split(resolved.bindings, free)
-    scopes = tuple(f"{name}/" for name in run.evals or {})
+    same, _ = identity.split(resolved.bindings | resolved.objects, free)
+    scopes = tuple(f"{scope}/" for scope in resolved.eval_scopes)
     return {name: value for name, value in same.items() if not name.startswith(scopes)}
 
 

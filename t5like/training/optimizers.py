@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from t5like.training.schedules import Cosine, InverseSquareRoot, Schedule, ScheduleFn
+from t5like.errors import UserError
+from t5like.training.schedules import Constant, Cosine, InverseSquareRoot, Schedule, ScheduleFn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Optimizer:
     """Base of all optimisers.
 
     Attributes:
-      learning_rate: the schedule; its count lives in the optimiser's state and equals the step.
+      learning_rate: the schedule, or a number for a constant one; the count it is a function of
+        lives in the optimiser's state and equals the step.
       clip_norm: largest global gradient norm; None does not clip.
       weight_decay: fraction of a matrix taken away per update, times the learning rate.
     """
@@ -31,6 +33,16 @@ class Optimizer:
     learning_rate: Schedule = Cosine()
     clip_norm: float | None = 1.0
     weight_decay: float = 0.0
+
+    def __post_init__(self):
+        if isinstance(self.learning_rate, (int, float)):
+            object.__setattr__(self, "learning_rate", Constant(float(self.learning_rate)))
+        if not isinstance(self.learning_rate, Schedule):
+            name = type(self).__name__
+            raise UserError(
+                f"{name}.learning_rate is {self.learning_rate!r}; bind it to a number or to a "
+                "schedule such as @Cosine()"
+            )
 
     def schedule(self, total_steps: int) -> ScheduleFn:
         """step -> learning rate, for a run of total_steps."""

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from launch import cli, config, registry
+from launch import cli, config, registry, training
 from t5like.errors import UserError
 
 QUICKSTART = "gin_configs/runs/quickstart.gin"
@@ -143,6 +143,17 @@ def test_a_required_value_and_a_macro_without_value():
         "train.rates = {'a': 1.0}",
         "ModelConfig.position = 'foo'",
         "SpanCorruption.noise_density = 1.5",
+        "SpanCorruption.cut = 'page'",
+        "train.objective = @SpanCorruption",
+        "train.model = @AdamW()",
+        "train.evals = 'validation'",
+        "train.source = {'a': 'text.txt'}",
+        "train.vocabulary = 'bytes'",
+        "train.init_prefixes = 'model/'",
+        "train.eval_batches = 0",
+        "train.workers = -1",
+        "Muon.learning_rate = 'cosine'",
+        "WarmupStableDecay.shape = 'sqr'",
     ],
 )
 def test_a_value_that_its_class_refuses_names_the_binding(binding):
@@ -155,8 +166,72 @@ def test_no_budget():
     assert "train.steps" in error("train.steps = None")
 
 
-def test_a_whole_float_serves_as_an_int():
-    assert config.load([QUICKSTART], ["train.batch_size = 16.0"]).run.batch_size == 16
+def test_a_whole_float_becomes_an_int():
+    batch_size = config.load([QUICKSTART], ["train.batch_size = 16.0"]).run.batch_size
+    assert (type(batch_size), batch_size) == (int, 16)
+
+
+def test_a_number_serves_as_a_constant_learning_rate():
+    run = config.load([QUICKSTART], ["Muon.learning_rate = 1e-3"]).run
+    assert float(run.optimizer.schedule(10)(5)) == pytest.approx(1e-3)
+
+
+def test_a_setting_without_its_owner_is_no_macro():
+    message = error("steps = 20")
+    assert "'steps'" in message and "'train.steps'" in message
+
+
+def test_a_scope_that_nothing_uses_is_a_misspelling():
+    message = error("validaton/PythonSource.split = 'train'")
+    assert "'validaton'" in message and "'validation'" in message
+
+
+def test_a_scope_whose_user_was_overridden_is_none():
+    assert config.load([QUICKSTART], ["train.evals = None"]).run.evals is None
+
+
+def test_a_binding_from_the_command_line_without_effect_is_an_error():
+    assert "AdamW.b1 has no effect" in error("AdamW.b1 = 0.5")
+
+
+def test_a_page_that_includes_itself_or_is_no_text(tmp_path):
+    page = tmp_path / "page.gin"
+    page.write_text(f"include '{page}'\n")
+    assert "includes itself" in error(files=[str(page)])
+    page.write_bytes(b"train.steps = 1  # caf\xe9\n")
+    assert "page.gin" in error(files=[str(page)])
+
+
+# --- what makes a run the run it is ----------------------------------------------------------
+
+
+def identity(*bindings):
+    return training.run_identity(config.load([QUICKSTART], bindings))
+
+
+def test_budget_logging_and_evaluation_are_free_and_the_rest_is_not():
+    assert identity("train.steps = 5", "train.log_every = 3", "train.evals = None") == identity()
+    assert identity("train.seed = 5") != identity()
+    assert identity("SpanCorruption.noise_density = 0.2") != identity()
+
+
+def test_a_macro_in_a_free_binding_is_free():
+    macros = [identity(f"STEPS = {n}", "train.steps = %STEPS") for n in (5, 6)]
+    assert macros[0] == macros[1] == identity()
+
+
+def test_scopes_are_free_where_only_evals_refer_to_them():
+    held = "train.evals = {'validation': @held/PythonSource()}"
+    assert identity(held, "held/PythonSource.split = 'validation'") == identity()
+    both = [f"train.{name} = @validation/PythonSource()" for name in ("source",)]
+    assert "validation/PythonSource.split" in identity(*both)
+
+
+def test_defaults_that_gin_cannot_write_count_too():
+    same = identity("train.optimizer = @AdamW()")
+    assert "Cosine(" in same["AdamW.learning_rate"]
+    text = config.load([QUICKSTART], ["train.optimizer = @AdamW()"]).text()
+    assert "# AdamW.learning_rate = Cosine(" in text
 
 
 def test_every_objective_source_and_optimizer_is_configurable():
