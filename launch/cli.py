@@ -51,8 +51,8 @@ def complain(error: Exception) -> None:
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Parses flags, calls `main(positional arguments)`, and exits with its status.
 
-    A UserError ends in one line and status 1. Other exceptions keep their traceback: they are
-    ours to mend.
+    A UserError, or a file that cannot be read or written, ends in one line and status 1. Other
+    exceptions keep their traceback: they are ours to mend.
     """
 
     def guarded(argv: list[str]) -> None:
@@ -67,6 +67,14 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         except BrokenPipeError:
             sys.stderr.close()
             status = 141
+        except OSError as error:
+            if error.filename is None:
+                raise
+            complain(UserError(f"{error.strerror}: {error.filename}"))
+            status = 1
+        except KeyboardInterrupt:
+            complain(UserError("interrupted; run the same command again to go on"))
+            status = 130
         sys.exit(status or 0)
 
     try:

@@ -12,11 +12,16 @@ from launch import assemble, cli, config as config_lib
 from launch.run_config import FREE, RunConfig
 from t5like.data.loader import load
 from t5like.data.pipeline import Pipeline
+from t5like.errors import UserError
 from t5like.training import identity, init_from, manifest
 from t5like.training.budget import Budget
 from t5like.training.checkpoints import steps_in
 from t5like.training.loop import FitResult, fit
 from t5like.training.signals import Preempted
+
+# The run stopped in a way that a restart cures, and how XLA's errors say so.
+RESTART = 75
+LOST = ("UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED", "CANCELLED")
 
 
 def train(gin_files: Sequence[str], bindings: Sequence[str], workdir: str) -> int:
@@ -61,6 +66,11 @@ def train(gin_files: Sequence[str], bindings: Sequence[str], workdir: str) -> in
     except Preempted as stopped:
         cli.complain(stopped)
         return stopped.exit_status
+    except jax.errors.JaxRuntimeError as error:
+        if not str(error).startswith(LOST):
+            raise
+        cli.complain(UserError(f"a device or host was lost ({error}): run the command again"))
+        return RESTART
     if run.quality and evals:
         from launch import quality
 

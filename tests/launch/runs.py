@@ -48,7 +48,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def run(name: str, *arguments: str, timeout: int = 240, **changes) -> subprocess.CompletedProcess:
-    """Runs launch/NAME.py to its end from an unrelated directory."""
+    """Runs launch/NAME.py to its end from an unrelated directory; `changes` of environment."""
     return subprocess.run(
         command(name, *arguments), env=environment(**changes), cwd=ROOT.anchor,
         capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL,

@@ -1,18 +1,21 @@
 """launch/train.py from the outside: it trains, resumes to the same bits, and fails in one line."""
 
+import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import time
 
+import jax
 import numpy as np
 import pytest
-import tensorstore  # noqa: F401  orbax's arrays need it registered
 from etils import epath
 from orbax import checkpoint as ocp
 
+from launch import training
 from tests.launch.runs import command, environment, fail, metrics, run, succeed, tiny, write_text
 
 QUICKSTART = "--gin_file=gin_configs/runs/quickstart.gin"
@@ -50,22 +53,37 @@ def wait_for(path: pathlib.Path, process: subprocess.Popen, seconds: float = 240
         time.sleep(0.01)
 
 
+def end_at_a_random_moment(workdir, arguments, signal_number) -> tuple[int, str]:
+    """Starts a run and signals it after its second checkpoint; its status and its words.
+
+    On a machine so fast that the run was over by then, it is tried again with less delay.
+    """
+    for attempt in range(6):
+        shutil.rmtree(workdir, ignore_errors=True)
+        started = subprocess.Popen(
+            command("train", *arguments, f"--workdir={workdir}"), env=environment(),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        wait_for(workdir / "checkpoints" / "20", started)
+        time.sleep(random.random() / 2**attempt)
+        started.send_signal(signal_number)
+        output, _ = started.communicate(timeout=120)
+        if started.returncode != 0:
+            break
+    return started.returncode, output
+
+
 def kill_and_rerun(tmp_path, arguments, signal_number, status) -> pathlib.Path:
-    """Starts a run, ends it at a random moment after its second checkpoint, runs it again."""
+    """Ends a run at a random moment after its second checkpoint and runs it again."""
     workdir = tmp_path / "killed"
-    started = subprocess.Popen(
-        command("train", *arguments, f"--workdir={workdir}"), env=environment(),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    wait_for(workdir / "checkpoints" / "20", started)
-    moment = random.random()
-    time.sleep(moment)
-    started.send_signal(signal_number)
-    output, _ = started.communicate(timeout=120)
-    assert started.returncode == status, (moment, output)
+    found, output = end_at_a_random_moment(workdir, arguments, signal_number)
+    assert found == status, output
     saved = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
-    assert 20 <= saved < 40, moment
+    assert 20 <= saved <= 40
+    before = [line for line in metrics(workdir) if line["step"] <= saved]
     succeed("train", *arguments, f"--workdir={workdir}")
+    # It went on from the checkpoint: the lines up to there, speeds included, are the first run's.
+    assert metrics(workdir)[: len(before)] == before and len(before) == saved
     return workdir
 
 
@@ -85,7 +103,6 @@ def quickstart(tmp_path_factory):
 
 def test_killed_at_a_random_moment_it_resumes_to_the_same_bits(quickstart, tmp_path):
     arguments, straight = quickstart
-    # A step of milliseconds would be over before the kill: the checkpoint interval is the clock.
     workdir = kill_and_rerun(tmp_path, arguments, signal.SIGKILL, -signal.SIGKILL)
     same_run(workdir, straight, 40)
 
@@ -116,6 +133,35 @@ def test_budgets_in_tokens_and_flops(text, tmp_path):
             f"--gin.train.{name}={limit}",
         )  # fmt: skip
         assert metrics(tmp_path / name)[-1]["step"] == 3
+
+
+def test_the_quickstart_ends_with_three_losses_and_three_infills(quickstart, tmp_path):
+    arguments, straight = quickstart
+    for name in ("checkpoints", "metrics.jsonl"):
+        copy = shutil.copytree if (straight / name).is_dir() else shutil.copy
+        copy(straight / name, tmp_path / name)
+    more = ["--gin.train.steps=41", "--gin.train.quality=True"]
+    shown = succeed("train", *arguments, *more, f"--workdir={tmp_path}").stdout
+    quality = json.loads((tmp_path / "quality.json").read_text())
+    for name in ("loss", "wrong_input_loss", "unigram_entropy"):
+        assert 1 < quality[name] < 10 and f"{quality[name]:.3f}" in shown
+    assert quality["tokens"] > 100 and shown.count("Infill ") == 3
+
+
+def test_a_lost_device_exits_with_75(monkeypatch, text, tmp_path, capsys):
+    def lost(**_):
+        raise jax.errors.JaxRuntimeError("UNAVAILABLE: socket closed")
+
+    monkeypatch.setattr(training, "fit", lost)
+    pages = [a.partition("=")[2] for a in tiny(text) if a.startswith("--gin_file")]
+    flags = [a[len("--gin.") :].replace("=", " = ", 1) for a in tiny(text) if "--gin." in a]
+    assert training.train(pages, flags, str(tmp_path)) == 75
+    assert "socket closed" in capsys.readouterr().err
+
+
+def test_a_workdir_that_cannot_be_made(text, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "file" in fail("train", *tiny(text), f"--workdir={tmp_path / 'file' / 'run'}")
 
 
 def test_a_line_of_metrics_has_what_the_contract_names(text, tmp_path):
@@ -174,7 +220,7 @@ def test_help_comes_at_once(name):
     shown = run(name, "--help")
     assert "--gin_file" in shown.stdout
     # The contract is two seconds on an idle machine; tests may share theirs.
-    assert time.monotonic() - start < 6
+    assert time.monotonic() - start < 4
     imported = subprocess.run(
         command(name, "--help")[:1] + ["-X", "importtime"] + command(name, "--help")[1:],
         capture_output=True, text=True, env=environment(),
