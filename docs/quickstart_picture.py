@@ -1,4 +1,4 @@
-"""Draws docs/quickstart.png from a finished quickstart: `python docs/quickstart_picture.py WORKDIR`."""
+"""Draws docs/quickstart.png of a finished run: `python docs/quickstart_picture.py WORKDIR`."""
 
 import json
 import pathlib

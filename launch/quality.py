@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.assemble import Data, Network
+from t5like.data.atomic import writing
 from t5like.data.examples import Seq2Seq
 from t5like.data.pipeline import Pipeline
 from t5like.evaluation.input_use import InputUse, measure_input_use
@@ -22,6 +23,8 @@ from t5like.inference.generate import Decoding, Generator
 from t5like.inference.infill import parse_spans
 
 _INFILLS = 3
+# Examples among which infills are looked for: those of some objectives have no sentinels.
+_SEARCHED = 4000
 
 
 def report(
@@ -41,7 +44,9 @@ def report(
         pipeline.one_pass(limit),
         data.vocabulary.special_ids,
     )
-    (epath.Path(workdir) / "quality.json").write_text(json.dumps(dataclasses.asdict(use)) + "\n")
+    path = epath.Path(workdir) / "quality.json"
+    with writing(path):
+        path.write_text(json.dumps(dataclasses.asdict(use)) + "\n")
     console = Console()
     console.print(losses_table(use))
     for shown in infills(data, pipeline, params):
@@ -67,6 +72,8 @@ def losses_table(use: InputUse) -> Table:
 def infills(data: Data, pipeline: Pipeline, params) -> Iterator[Text]:
     """Held-out texts with their blanks as the model fills them, and what stood there."""
     examples = list(itertools.islice(_readable(data, pipeline), _INFILLS))
+    if not examples:
+        return
     generator = Generator(data.model, params["model"], data.vocabulary)
     decoding = Decoding(max_new_tokens=max(len(e.targets) for e in examples) + 8)
     answers = generator.generate([e.inputs for e in examples], decoding)
@@ -80,10 +87,10 @@ def infills(data: Data, pipeline: Pipeline, params) -> Iterator[Text]:
 
 def _readable(data: Data, pipeline: Pipeline) -> Iterator[Seq2Seq]:
     """Examples spread over the held-out text, so that they come from different documents."""
-    drawn = pipeline.examples()
-    for example in itertools.islice(drawn, 5, None, 37):
-        if np.isin(example.example.inputs, data.vocabulary.sentinels).any():
-            yield example.example
+    for index in range(5, _SEARCHED, 37):
+        example = next(pipeline.examples(index)).example
+        if np.isin(example.inputs, data.vocabulary.sentinels).any():
+            yield example
 
 
 def _filled(

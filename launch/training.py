@@ -52,6 +52,7 @@ def train(gin_files: Sequence[str], bindings: Sequence[str], workdir: str) -> in
             config_text=resolved.text(),
             identity=same,
             vocabulary_fingerprint=data.vocabulary.fingerprint(),
+            data_fingerprint=" ".join(corpus.fingerprint for corpus, _ in data.corpora.values()),
             evals={name: one_pass(pipeline, run) for name, pipeline in evals.items()},
             log_every=run.log_every,
             eval_every=run.eval_every,

@@ -99,6 +99,11 @@ class Objective:
         raise NotImplementedError
 
     @property
+    def keeps_documents_apart(self) -> bool:
+        """Whether documents that share a window can be hidden from each other."""
+        return True
+
+    @property
     def usual_predictions(self) -> int | None:
         """Positions of a row whose logits are computed (see heads.token_losses); None: all."""
         return None

@@ -61,7 +61,8 @@ def next_token_losses(
       predictions: see `token_losses`.
 
     Returns:
-      Terms "cross_entropy", "z_loss" (if asked for) and the metric "accuracy", each over the same weight.
+      Terms "cross_entropy", "z_loss" (if asked for) and the metric "accuracy", each over the same
+      weight.
     """
     rngs = {"dropout": rng} if train else {}
     hidden = apply({"params": params}, batch, train=train, rngs=rngs, method="hidden")

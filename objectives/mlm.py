@@ -42,7 +42,8 @@ class MaskedLM(Objective):
       eval_rate: the same on held-out data, so that runs of different rates compare; None: `rate`.
       mask_probability, random_probability: of a predicted token; the rest show themselves.
       whole_word: see above; words are as the vocabulary's `word_starts` has them.
-      max_predictions: most predictions an example (BERT: 20 at 128 tokens); None: no limit.
+      max_predictions: most predictions an example (BERT: 20 at 128 tokens); None: no limit, and
+        the only choice with selection="iid".
       z_loss: coefficient of log(Z)^2 per predicted token; no reference uses it.
     """
 
@@ -59,6 +60,11 @@ class MaskedLM(Objective):
     z_loss: float = 0.0
 
     def __post_init__(self):
+        if self.selection == "iid" and self.max_predictions is not None:
+            raise UserError(
+                f"MaskedLM.max_predictions is {self.max_predictions}, but selection='iid' has no "
+                "budget: set one of them back"
+            )
         check_choice(self, "cut", ("window", "document"))
         check_choice(self, "selection", ("budget", "iid"))
         check_range(self, "rate", 0.0, 1.0)
@@ -137,7 +143,7 @@ class MaskedLM(Objective):
     def _choose(
         self, tokens: np.ndarray, documents: np.ndarray | None, rng: np.random.Generator
     ) -> np.ndarray:
-        """The positions to predict, of tokens [L] without a frame; no order."""
+        """The positions to predict, of tokens [L] without a frame, rising."""
         separator = -1 if self._separator is None else self._separator
         candidates = (tokens != separator).nonzero()[0]
         count = min(self._budget(len(tokens) + self._frame), len(candidates))
@@ -149,7 +155,8 @@ class MaskedLM(Objective):
             return candidates[draws < self.rate]
         if count in (0, len(candidates)):
             return candidates[:count]
-        return candidates[draws.argpartition(count)[:count]]
+        # Sorted: argpartition's order depends on the processor, and the draws that follow on it.
+        return candidates[np.sort(draws.argpartition(count)[:count])]
 
     def _budget(self, length: int) -> int:
         count = max(1, round(length * self.rate))

@@ -27,6 +27,9 @@ class PrefixLM(NextToken):
     - decoder: T5's `pack_prefix_lm_decoder_only`: rows of `length` from the causal stream, loss
       on the suffix, no EOS between prefix and suffix. With cut="document" a document ends in EOS.
 
+    T5's `pack_prefix_lm_encoder_decoder`, which joins two pieces so that both rows are full, is not
+    there: train.pack fills rows.
+
     Otherwise than T5: targets are never trimmed to fit (`append_eos_after_trim` eats the tail);
     a targets_length that is too short is an error. A text of one token has an empty prefix.
 

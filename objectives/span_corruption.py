@@ -115,6 +115,11 @@ class SpanCorruption(NextToken):
         )
 
     @property
+    def keeps_documents_apart(self) -> bool:
+        """A window's noise spans may cross documents, and a decoder reads its inputs only once."""
+        return self.cut == "document"
+
+    @property
     def usual_predictions(self) -> int | None:
         if self._has_encoder:
             return None

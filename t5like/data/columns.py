@@ -1,7 +1,8 @@
 """Metadata columns of a store: typed, written as a stream, read at random.
 
 Numbers are `.npy` arrays; text is UTF-8 bytes with an `.npy` of offsets. A number that a document
-lacks is NaN (so the column is float64), a text that it lacks is "".
+lacks is NaN (so the column is float64, or text where that would round an integer), a text that it
+lacks is "".
 """
 
 from __future__ import annotations
@@ -88,17 +89,60 @@ def read_columns(
     return found
 
 
+def check_columns(
+    directory: pathlib.Path, columns: Mapping[str, Mapping[str, str]], length: int
+) -> None:
+    """Raises UserError unless every column is complete and has `length` rows."""
+    for column in columns.values():
+        path = directory / column["file"]
+        text = column["kind"] == "str"
+        check_npy(path, length + text)
+        if text:
+            ends = np.load(path, mmap_mode="r")
+            check_size(path.with_suffix(".utf8"), int(ends[-1]))
+
+
+def check_npy(path: pathlib.Path, length: int) -> None:
+    """Raises UserError unless `path` is a whole `.npy` file of one dimension and `length` rows."""
+    try:
+        with open(path, "rb") as stream:
+            np.lib.format.read_magic(stream)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+            header = stream.tell()
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be read ({e}): {_rebuild(path)}") from e
+    if shape != (length,):
+        raise UserError(f"{path} has shape {shape} instead of ({length},): {_rebuild(path)}")
+    check_size(path, header + length * dtype.itemsize)
+
+
+def check_size(path: pathlib.Path, expected: int) -> None:
+    """Raises UserError unless `path` has so many bytes."""
+    size = path.stat().st_size if path.exists() else 0
+    if size != expected:
+        raise UserError(f"{path} has {size} bytes instead of {expected}: {_rebuild(path)}")
+
+
+def _rebuild(path: pathlib.Path) -> str:
+    return f"delete {path.parent} and build it again"
+
+
 # --- writing ---------------------------------------------------------------------------------
 
 
 def kind_of(value: Any) -> str:
-    """The kind of one value: "null", "bool", "int", "float", or "str" for all that is none."""
+    """The kind of one value: "null", "bool", "int", "float", or "str" for all that is none.
+
+    "long" is an int that fits 64 bits but not the 53 of a float64.
+    """
     if value is None:
         return "null"
     if isinstance(value, bool):
         return "bool"
     if isinstance(value, int):
-        return "int" if -(2**63) <= value < 2**63 else "str"
+        if abs(value) <= 2**53:
+            return "int"
+        return "long" if -(2**63) <= value < 2**63 else "str"
     return "float" if isinstance(value, float) else "str"
 
 
@@ -107,10 +151,11 @@ def common_kind(kinds: Iterable[str]) -> str:
     kinds = set(kinds)
     if "str" in kinds or kinds == {"null"}:
         return "str"
-    for kind in ("bool", "int"):
-        if kinds == {kind}:
-            return kind
-    return "float"
+    if kinds == {"bool"}:
+        return "bool"
+    if kinds <= {"int", "long"}:
+        return "int"
+    return "str" if "long" in kinds else "float"
 
 
 def npy_header(stream: BinaryIO, dtype: Any, length: int) -> None:

@@ -77,6 +77,15 @@ class Pipeline:
             rng = self._stream.generators(c).at(0)
             self._check(component, longest, component.objective.bounds(longest, rng))
 
+        apart = not self.attend_across_documents
+        for component in self.components:
+            if apart and not getattr(component.objective, "keeps_documents_apart", True):
+                raise UserError(
+                    f"{component.name!r} makes spans that cross documents, which "
+                    "train.attend_across_documents=False cannot keep apart: set its cut to "
+                    "'document' (and train.pack = True)"
+                )
+
     def __getstate__(self):
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
@@ -105,7 +114,11 @@ class Pipeline:
         return self._lay_out(self._examples_of_rows(start, start + size))
 
     def one_pass(self, limit: int | None = None) -> Iterator[dict[str, np.ndarray]]:
-        """Batches that cover the corpora once, for evaluation; empty rows fill the last one.
+        """Batches of one pass, for evaluation; empty rows fill the last one.
+
+        One corpus is covered exactly once. Of a mixture there are as many examples as cover it in
+        sum at its rates: a corpus that is drawn more than its share of units begins again, and of
+        one that is drawn less, some units are not seen.
 
         Args:
           limit: most batches, None for all.

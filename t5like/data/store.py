@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from t5like.data.columns import RandomFile, read_columns
+from t5like.data.columns import RandomFile, check_columns, check_npy, check_size, read_columns
 from t5like.errors import UserError
 
 FORMAT = 1
@@ -80,14 +80,10 @@ class Corpus:
         return index
 
     def _check_files(self) -> None:
-        expected = self.index["num_tokens"] * np.dtype(self.index["dtype"]).itemsize
-        path = self.directory / "tokens.bin"
-        size = path.stat().st_size if path.exists() else 0
-        if size != expected:
-            raise UserError(
-                f"{path} has {size} bytes instead of {expected}: delete {self.directory} and "
-                "build it again"
-            )
+        documents, size = self.index["num_documents"], np.dtype(self.index["dtype"]).itemsize
+        check_size(self.directory / "tokens.bin", self.index["num_tokens"] * size)
+        check_npy(self.directory / "offsets.npy", documents + 1)
+        check_columns(self.directory, self.index["columns"], documents)
 
     def __getstate__(self):
         return {"directory": self.directory, "_documents": self._documents}

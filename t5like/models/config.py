@@ -111,9 +111,13 @@ class ModelConfig:
                 raise UserError(
                     f"ModelConfig.{name} = {value!r} is unknown: choose one of {', '.join(allowed)}"
                 )
-        for name in ("num_layers", "d_model", "d_ff", "num_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise UserError(f"ModelConfig.{name} = {getattr(self, name)} must be at least 1")
+        for name in (
+            "num_layers", "d_model", "d_ff", "num_heads", "head_dim", "num_kv_heads",
+            "num_decoder_layers", "relative_buckets", "max_length", "vocab_multiple",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"ModelConfig.{name} = {value} must be at least 1")
         if self.num_heads % self.kv_heads:
             raise UserError(
                 f"ModelConfig.num_kv_heads = {self.num_kv_heads} does not divide num_heads = "

@@ -126,8 +126,8 @@ class Embed(nn.Module):
     """A table looked up by gathering rows.
 
     Ids outside [0, rows) read the nearest row: compiled code cannot raise, and a NaN (what
-    jnp.take gives by default) would spread through the whole batch. The data pipeline checks ids
-    where it can raise.
+    jnp.take gives by default) would spread through the whole batch. Nothing checks ids on the way
+    here; those of a vocabulary are below its size, and so is vocab_size unless it is set smaller.
     """
 
     config: ModelConfig

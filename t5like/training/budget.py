@@ -37,11 +37,6 @@ class Budget:
             raise UserError("the run has no end: set train.steps, train.tokens or train.flops")
         return min(steps.values())
 
-    def binding_limit(self, tokens_per_step: int, flops_per_step: float) -> str:
-        """Which limit ends the run: "steps", "tokens" or "flops"."""
-        steps = self._steps(tokens_per_step, flops_per_step)
-        return min(steps, key=steps.__getitem__)
-
     def _steps(self, tokens_per_step: int, flops_per_step: float) -> dict[str, int]:
         costs = {"steps": 1, "tokens": tokens_per_step, "flops": flops_per_step}
         steps = {}

@@ -47,8 +47,8 @@ class Checkpoints:
         self._pending: int | None = None
         with _naming(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            self._sweep()
+            if jax.process_index() == 0:
+                self._sweep()
 
     def steps(self) -> list[int]:
         """Steps of all finished checkpoints, rising; finished is not yet verified."""
@@ -83,6 +83,13 @@ class Checkpoints:
             self._writer.wait_until_finished()
             if jax.process_index() == 0:
                 self._delete_old()
+
+    def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Adds metrics that were found later to the info of a finished checkpoint."""
+        self.wait()
+        if jax.process_index() == 0:
+            with _naming(self.directory):
+                manifest.add_metrics(self.directory / str(step), metrics)
 
     def close(self) -> None:
         """Waits for the save under way and ends the background threads."""
@@ -138,7 +145,8 @@ class Checkpoints:
             target, count = path.parent / f"{path.name}{_ASIDE}", 1
             while target.exists():
                 target, count = path.parent / f"{path.name}{_ASIDE}{count}", count + 1
-            path.rename(target)
+            with _naming(path):
+                path.rename(target)
 
     def _delete_old(self) -> None:
         steps = self.steps()

@@ -31,24 +31,34 @@ class InitFrom:
     prefixes: tuple[str, ...] = ()
     keep_optimizer: bool = False
 
-    def apply(self, state: TrainState, template: TrainState) -> TrainState:
+    def apply(self, state: TrainState, template: TrainState, vocabulary: str = "") -> TrainState:
         """Returns `state` with what this asks for filled in.
 
         Args:
           state: a fresh state.
           template: the same as a tree of jax.ShapeDtypeStruct with shardings.
+          vocabulary: fingerprint of this run's; "" is not compared.
 
         Raises:
-          UserError: nothing usable there; missing or mismatching parameters, by name.
+          UserError: nothing usable there; missing or mismatching parameters, by name; another
+            vocabulary, unless prefixes choose what is taken.
         """
+        if not self.prefixes:
+            path, info = find(self.path)
+            theirs = info.get("vocabulary", "")
+            if theirs and vocabulary and theirs != vocabulary:
+                raise UserError(
+                    f"train.init_from: {path} was trained with another vocabulary (fingerprint "
+                    f"{theirs}, now {vocabulary}): bind train.vocabulary to that one, or list "
+                    "what to take in train.init_prefixes"
+                )
         if not self.keep_optimizer:
             params = restore_params(self.path, template.params, self.prefixes, state.params)
             return state.replace(params=params)
         if self.prefixes:
             raise UserError(
-                "InitFrom.keep_optimizer takes the whole state: leave InitFrom.prefixes empty"
+                "train.init_reset=False takes the whole state: leave train.init_prefixes unset"
             )
-        path, info = find(self.path)
         tree = {"step": template.step, "params": template.params, "opt_state": template.opt_state}
         stored = {n: a for n, a in info["arrays"].items() if not n.startswith("frozen/")}
         signature.compare(stored, signature.of(tree), path)

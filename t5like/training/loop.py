@@ -15,8 +15,16 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from t5like.training import cadence, evaluation, mesh as mesh_lib, peaks, signals, startup
-from t5like.training import step as step_lib, writers
+from t5like.training import (
+    cadence,
+    evaluation,
+    mesh as mesh_lib,
+    peaks,
+    signals,
+    startup,
+    step as step_lib,
+    writers,
+)
 from t5like.training.checkpoints import Checkpoints
 from t5like.training.init_from import InitFrom
 from t5like.training.meter import Meter
@@ -58,6 +66,7 @@ def fit(
     config_text: str = "",
     identity: Mapping[str, str] | None = None,
     vocabulary_fingerprint: str = "",
+    data_fingerprint: str = "",
     evals: Mapping[str, Callable[[], Iterable[Batch]]] | None = None,
     log_every: int = 100,
     eval_every: int | None = None,
@@ -90,12 +99,13 @@ def fit(
       flops_per_step: model FLOPs of an update, forward and backward.
       config_text: kept in every checkpoint as config.gin.
       identity: bindings that must not change on resume; see identity.py.
-      vocabulary_fingerprint: must not change on resume either.
+      vocabulary_fingerprint, data_fingerprint: must not change on resume either; a
+        data_fingerprint that is "", now or in the checkpoint, is not compared.
       evals: {split: function giving its batches}, run every `eval_every` updates and at the end.
       log_every, eval_every, checkpoint_every_steps, checkpoint_every_minutes: None for never;
         the end of the run always logs, evaluates and saves.
       keep, keep_best: checkpoints to keep: the newest, and the one with the lowest value of a
-        metric such as "validation/loss".
+        metric such as "validation/loss"; with keep_best every evaluation is saved.
       accumulate: micro-batches an update.
       init_from: where a fresh run's parameters come from.
       frozen, after_step: trees that losses read; how to change the state after an update.
@@ -115,6 +125,7 @@ def fit(
     record = {
         "identity": dict(identity or {}),
         "vocabulary": vocabulary_fingerprint,
+        "data": data_fingerprint,
         "total_steps": total_steps,
     }
     transform = optimizer.build(total_steps)
@@ -131,16 +142,26 @@ def fit(
             mesh=mesh,
             frozen=frozen,
             init_from=init_from,
+            vocabulary=vocabulary_fingerprint,
             check=lambda info: startup.check_same_run(info, record, str(workdir)),
         )
         first = int(state.step)
-        evaluated = bool(info.get("metrics")) or not evals
-        if info and (first > total_steps or (first == total_steps and evaluated)):
+        every = cadence.Every(
+            total_steps,
+            log=log_every,
+            evaluate=eval_every,
+            save=checkpoint_every_steps,
+            save_minutes=checkpoint_every_minutes,
+        )
+        missed = startup.missed_evals(info, evals or {}, every)
+        if info and (first > total_steps or (first == total_steps and not missed)):
             logging.warning("%s has done its %d updates: raise the budget to go on", folder, first)
             return FitResult(state, {}, "nothing to do")
         if info:
             startup.warn_of_new_total(optimizer, first, info["total_steps"], total_steps)
-        outputs = writers.open_all(folder, first, total_steps, progress, tensorboard)
+        elif init_from is not None:
+            startup.check_steps_left(init_from, first, total_steps)
+        outputs = writers.open_all(folder, first, total_steps, progress, tensorboard, missed)
         for output in outputs:
             stack.callback(output.close)
         loop = _Loop(
@@ -156,23 +177,18 @@ def fit(
             evals=evals or {},
             mesh=mesh,
             seed=seed,
-            every=cadence.Every(
-                total_steps,
-                log=log_every,
-                evaluate=eval_every,
-                save=checkpoint_every_steps,
-                save_minutes=checkpoint_every_minutes,
-            ),
+            every=every,
             checkpoints=checkpoints,
             record=(record, config_text),
             costs=(tokens_per_step, flops_per_step),
             outputs=outputs,
             hash_fn=hash_fn,
+            keep_best=keep_best is not None,
             stop=stop,
         )
         iterator = batches(first)
         stack.callback(getattr(iterator, "close", lambda: None))
-        return loop.run(state, info, iterator)
+        return loop.run(state, info, iterator, missed)
 
 
 class _Loop:
@@ -192,6 +208,7 @@ class _Loop:
         costs,
         outputs,
         hash_fn,
+        keep_best,
         stop,
     ):
         self._update, self._eval_step, self._evals = update, eval_step, evals
@@ -203,20 +220,23 @@ class _Loop:
         self._every, self._checkpoints, self._outputs = every, checkpoints, outputs
         self._record, self._config_text = record
         self._tokens, self._flops = costs
-        self._hash_fn, self._stop = hash_fn, stop
+        self._hash_fn, self._stop, self._keep_best = hash_fn, stop, keep_best
         self._last_lines: dict[str, dict[str, Any]] = {}
         self._stopwatch = cadence.Stopwatch()
 
     def run(
-        self, state: TrainState, info: dict[str, Any], batches: Iterator[tuple[int, Batch]]
+        self,
+        state: TrainState,
+        info: dict[str, Any],
+        batches: Iterator[tuple[int, Batch]],
+        missed: list[str],
     ) -> FitResult:
         self._state, step = state, int(state.step)
         self._meter = Meter(info.get("meter"))
         self._saved_step, self._saved_at = step if info else None, time.monotonic()
         self._line_step = step
-        evaluated = info.get("metrics", {})
-        if info and self._every.due(self._every.evaluate, step) and not evaluated:
-            self._evaluate(step)  # A SIGTERM cut this evaluation short.
+        if missed:
+            self._checkpoints.add_metrics(step, self._evaluate(step, missed))
         for batch_step, batch in itertools.islice(batches, self._every.total_steps - step):
             if batch_step != step:
                 raise ValueError(f"the loader gave the batch of step {batch_step}, not of {step}")
@@ -247,8 +267,10 @@ class _Loop:
         with self._stopwatch.paused():
             metrics = {}
             if self._every.due(self._every.evaluate, step):
-                metrics = self._evaluate(step)
-            if self._every.save_due(step, time.monotonic() - self._saved_at):
+                metrics = self._evaluate(step, self._evals)
+            # The best can be kept only if every one that is measured is saved.
+            measured = self._keep_best and bool(metrics)
+            if measured or self._every.save_due(step, time.monotonic() - self._saved_at):
                 self._save(step, metrics)
             if self._stop.requested:
                 self._leave(step, metrics)
@@ -271,22 +293,22 @@ class _Loop:
             }
         )
 
-    def _evaluate(self, step: int) -> dict[str, float]:
-        """Logs every evaluation; returns {"split/name": value}."""
-        metrics = {}
-        for split, batches in self._evals.items():
+    def _evaluate(self, step: int, splits: Iterable[str]) -> dict[str, float]:
+        """Logs the evaluations of some splits; returns {"split/name": value}."""
+        metrics: dict[str, float] = {}
+        for split in splits:
             try:
                 values = evaluation.evaluate(
                     self._eval_step,
                     self._state.params,
                     self._state.frozen,
-                    batches(),
+                    self._evals[split](),
                     put=self._put,
                     key=self._keys[1],
                     stop=self._stop,
                 )
             except evaluation.Interrupted:
-                self._leave(step, {})
+                self._leave(step, metrics)
             self._write({"step": step, "split": split, **values})
             metrics |= {f"{split}/{name}": value for name, value in values.items()}
         return metrics

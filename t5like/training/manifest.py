@@ -30,6 +30,15 @@ def write(directory: epath.Path, info: dict[str, Any], config_text: str) -> None
     (directory / NAME).write_text(text)
 
 
+def add_metrics(directory: epath.Path, metrics: dict[str, float]) -> None:
+    """Adds to the metrics of a checkpoint, whole or not at all."""
+    info = read(directory)
+    info["metrics"] = {**(info.get("metrics") or {}), **metrics}
+    fresh = directory.parent / f"{directory.name}.{NAME}.tmp"
+    fresh.write_text(json.dumps(info, indent=1, sort_keys=True))
+    fresh.replace(directory / NAME)
+
+
 def read(directory: epath.Path) -> dict[str, Any]:
     """The info of a checkpoint, without checking its files.
 

@@ -52,9 +52,9 @@ class Meter:
         """
         if not self._waiting:
             return
-        steps, metrics = zip(*self._waiting)
+        steps, metrics = zip(*self._waiting, strict=True)
         self._waiting = []
-        for step, values in zip(steps, jax.device_get(metrics)):
+        for step, values in zip(steps, jax.device_get(metrics), strict=True):
             _check_finite(step, values)
             add_terms(self._sums, values.terms)
             self._scalars = {name: float(value) for name, value in values.scalars.items()}
@@ -108,7 +108,7 @@ def _check_finite(step: int, values: StepMetrics) -> None:
     for name, value in numbers.items():
         if not math.isfinite(float(value)):
             raise NonFiniteLoss(
-                f"{name} is {float(value)} at step {step}: lower the learning rate, set the "
-                "optimiser's clip_norm or lengthen the warm-up; the checkpoints before this step "
-                "are good"
+                f"{name} is {float(value)} at step {step}; the checkpoints before it are good: "
+                "in another --workdir, with train.init_from set to this one, lower the learning "
+                "rate, set the optimiser's clip_norm or lengthen the warm-up"
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from absl import logging
 
 from t5like.errors import UserError
 from t5like.training import identity, mesh as mesh_lib, state as state_lib, step as step_lib
+from t5like.training.cadence import Every
 from t5like.training.checkpoints import Checkpoints
 from t5like.training.init_from import InitFrom
 from t5like.training.optimizers import Optimizer
@@ -26,6 +27,7 @@ def restore_or_init(
     mesh: jax.sharding.Mesh,
     frozen: Any = None,
     init_from: InitFrom | None = None,
+    vocabulary: str = "",
     check: Callable[[dict[str, Any]], None] = lambda info: None,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Returns (state, the checkpoint's info or {} for a fresh run), replicated over the mesh.
@@ -52,17 +54,42 @@ def restore_or_init(
         return found
     state = jax.jit(fresh, out_shardings=mesh_lib.replicated(mesh))(key)
     state = state.replace(frozen=mesh_lib.put_replicated(frozen, mesh))
-    return (state if init_from is None else init_from.apply(state, template)), {}
+    return (state if init_from is None else init_from.apply(state, template, vocabulary)), {}
 
 
 def check_same_run(info: Mapping[str, Any], record: Mapping[str, Any], workdir: str) -> None:
-    """Raises UserError where a checkpoint's identity or vocabulary is not this run's."""
+    """Raises UserError where a checkpoint's identity, vocabulary or data are not this run's."""
     identity.compare(info["identity"], record["identity"], workdir)
     if info["vocabulary"] != record["vocabulary"]:
         raise UserError(
             f"{workdir} was trained with another vocabulary (fingerprint {info['vocabulary']}, "
             f"now {record['vocabulary']}): put the old vocabulary back or choose another --workdir"
         )
+    old, new = info.get("data", ""), record["data"]
+    if old and new and old != new:
+        raise UserError(
+            f"the training text has changed since {workdir} was begun (fingerprint {old}, now "
+            f"{new}): put it back, or choose another --workdir (train.init_from can start from "
+            "this run's parameters)"
+        )
+
+
+def check_steps_left(init_from: InitFrom, step: int, total_steps: int) -> None:
+    """Raises UserError where a run that takes over another's step would have nothing to do."""
+    if step >= total_steps:
+        raise UserError(
+            f"{init_from.path} is at step {step}, and with train.init_reset=False this run of "
+            f"{total_steps} steps starts from there and is over at once: raise train.steps, "
+            "train.tokens or train.flops above it, or set train.init_reset=True"
+        )
+
+
+def missed_evals(info: Mapping[str, Any], evals: Iterable[str], every: Every) -> list[str]:
+    """Evaluations due at a checkpoint's step that its info lacks: cut short, or new since."""
+    if not info or not every.due(every.evaluate, info["step"]):
+        return []
+    done = {name.rpartition("/")[0] for name in info.get("metrics") or {}}
+    return [split for split in evals if split not in done]
 
 
 def warn_of_new_total(optimizer: Optimizer, step: int, old: int, new: int) -> None:

@@ -6,15 +6,20 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
-import tensorboardX
+from absl import logging
 from etils import epath
 from rich import console, progress
+from tensorboardX import event_file_writer, record_writer, summary
+from tensorboardX.proto import event_pb2
 
+from t5like.data.atomic import writing
 from t5like.errors import UserError
+
+_FLUSH_SECONDS = 60
 
 
 class Writer:
@@ -35,17 +40,18 @@ class Writer:
 class JsonLines(Writer):
     """One JSON object a line, each on disk as soon as it is written.
 
-    Opening drops the lines of steps past `step` (and a last line cut short by a kill), so a
-    resumed run never logs a step twice. Numbers that are not finite become null.
+    Opening drops the lines of steps past `step`, those of `step` itself of the splits in `again`
+    (and a last line cut short by a kill), so a resumed run never logs a step twice. Numbers that
+    are not finite become null.
 
     Raises:
-      UserError: from any method, when the file cannot be written (a full disk).
+      UserError: on opening and writing, when the file cannot be written (a full disk).
     """
 
-    def __init__(self, path: epath.PathLike, step: int):
+    def __init__(self, path: epath.PathLike, step: int, again: Collection[str] = ()):
         self._path = epath.Path(path)
         with self._naming():
-            self._truncate(step)
+            self._truncate(step, again)
             self._file = self._path.open("a")
 
     def write(self, line: dict[str, Any]) -> None:
@@ -58,7 +64,11 @@ class JsonLines(Writer):
             self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        # Every line is flushed; what is left here is a line whose write has raised already.
+        try:
+            self._file.close()
+        except OSError as error:
+            logging.warning("cannot finish %s: %s", self._path, error)
 
     @contextlib.contextmanager
     def _naming(self) -> Iterator[None]:
@@ -67,13 +77,15 @@ class JsonLines(Writer):
         except OSError as error:
             raise UserError(f"cannot write {self._path}: {error}; free some space") from error
 
-    def _truncate(self, step: int) -> None:
+    def _truncate(self, step: int, again: Collection[str]) -> None:
         if not self._path.exists():
             return
         kept = []
         for text in self._path.read_text().splitlines():
             line = _parse(text)
-            if line is not None and line.get("step", 0) <= step:
+            if line is None or line.get("step", 0) > step:
+                continue
+            if line.get("step") != step or line.get("split") not in again:
                 kept.append(text + "\n")
         fresh = self._path.parent / (self._path.name + ".tmp")
         fresh.write_text("".join(kept))
@@ -81,18 +93,56 @@ class JsonLines(Writer):
 
 
 class TensorBoard(Writer):
-    """Scalars `split/name`; earlier events past `step` are hidden."""
+    """Scalars `split/name`; earlier events past `step` are hidden.
+
+    Events are written in the caller's thread: tensorboardX's SummaryWriter has a thread of its
+    own, and blocks for ever once that has died of a full disk. After a failed write this warns
+    and writes no more: the numbers are in metrics.jsonl as well.
+
+    Raises:
+      UserError: on opening, when the directory cannot be written.
+    """
 
     def __init__(self, directory: epath.PathLike, step: int):
-        self._writer = tensorboardX.SummaryWriter(str(directory), purge_step=step + 1)
+        self._directory, self._broken = str(directory), False
+        with writing(self._directory):
+            record_writer.directory_check(self._directory)
+            self._events = event_file_writer.EventsWriter(f"{self._directory}/events")
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._add(step + 1, file_version="brain.Event:2")
+            self._add(step + 1, session_log=start)
+            self._flush()
 
     def write(self, line: dict[str, Any]) -> None:
-        for name, value in line.items():
-            if name != "step" and isinstance(value, (int, float)):
-                self._writer.add_scalar(f"{line['split']}/{name}", value, line["step"])
+        with self._warning_once():
+            for name, value in line.items():
+                if name != "step" and isinstance(value, (int, float)):
+                    scalar = summary.scalar(f"{line['split']}/{name}", value)
+                    self._add(line["step"], summary=scalar)
+            if not self._broken and time.monotonic() - self._flushed > _FLUSH_SECONDS:
+                self._flush()
 
     def close(self) -> None:
-        self._writer.close()
+        with self._warning_once():
+            self._events.close()
+
+    @contextlib.contextmanager
+    def _warning_once(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._broken:
+                logging.warning("cannot write %s, so it stays as it is: %s", self._directory, error)
+            self._broken = True
+
+    def _add(self, step: int, **what: Any) -> None:
+        if not self._broken:
+            event = event_pb2.Event(step=step, wall_time=time.time(), **what)
+            self._events.write_event(event)
+
+    def _flush(self) -> None:
+        self._events.flush()
+        self._flushed = time.monotonic()
 
 
 class Screen(Writer):
@@ -146,12 +196,21 @@ class Screen(Writer):
 
 
 def open_all(
-    folder: epath.Path, step: int, total_steps: int, screen: bool, tensorboard: bool
+    folder: epath.Path,
+    step: int,
+    total_steps: int,
+    screen: bool,
+    tensorboard: bool,
+    again: Collection[str] = (),
 ) -> list[Writer]:
-    """The writers of a run that goes on from `step`; none except in the first process."""
+    """The writers of a run that goes on from `step`; none except in the first process.
+
+    Args:
+      again: splits that will be evaluated at `step`; their lines of it are dropped.
+    """
     if jax.process_index() != 0:
         return []
-    opened: list[Writer] = [JsonLines(folder / "metrics.jsonl", step)]
+    opened: list[Writer] = [JsonLines(folder / "metrics.jsonl", step, again)]
     if tensorboard:
         opened.append(TensorBoard(folder / "tensorboard", step))
     if screen:

@@ -118,6 +118,31 @@ def test_two_bytes_a_token_where_the_vocabulary_allows(extra_ids, dtype, tmp_pat
     assert size == np.dtype(dtype).itemsize
 
 
+@pytest.mark.parametrize(
+    "name", ["tokens.bin", "offsets.npy", "column_0000.npy", "column_0004.npy", "column_0003.utf8"]
+)
+def test_a_file_that_was_cut_short_or_lost_is_named(name, corpus):
+    kinds = {column["file"]: column["kind"] for column in corpus.index["columns"].values()}
+    assert kinds["column_0003.npy"] == "str"
+    path = corpus.directory / name
+    whole = path.read_bytes()
+    for part in (whole[:-1], whole[:4], b"", None):
+        path.unlink() if part is None else path.write_bytes(part)
+        with pytest.raises(UserError, match=f"{name}.*build it again"):
+            Corpus.open(corpus.directory)
+
+
+def test_integers_that_a_float_would_round_stay_whole(tmp_path):
+    wide = 2**53 + 1
+    rows = [{"text": "a", "id": wide, "seen": 5}, {"text": "b", "id": -wide, "n": wide}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    corpus = build_corpus(JsonlSource(str(tmp_path / "a.jsonl")), BYTES, tmp_path / "store")
+    assert corpus.metadata["id"].dtype == np.int64
+    assert corpus.metadata["id"].tolist() == [wide, -wide]
+    assert [corpus.metadata["n"][i] for i in range(2)] == ["", str(wide)]
+    np.testing.assert_array_equal(corpus.metadata["seen"], [5.0, np.nan])
+
+
 def test_pickled_corpus_is_its_path(corpus):
     corpus.document(0), corpus.metadata["who"][0]
     data = pickle.dumps(corpus)

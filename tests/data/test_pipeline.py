@@ -241,3 +241,13 @@ def test_one_pass_of_a_mixture_has_as_many_examples_as_cover_it_in_sum():
     parts = [Component(name, CORPUS, Copy(Window(50)), rate) for name, rate in (("a", 1), ("b", 3))]
     rows = sum((b["decoder_loss_weights"].sum(1) > 0).sum() for b in pipeline(*parts).one_pass())
     assert rows == -(-CORPUS.num_tokens // 50)
+
+
+def test_spans_that_cross_documents_cannot_be_kept_apart():
+    class Crossing(Copy):
+        keeps_documents_apart = False
+
+    part = Component("spans", CORPUS, Crossing(Window(50)))
+    pipeline(part)
+    with pytest.raises(UserError, match="'spans'.*'document'"):
+        pipeline(part, attend_across_documents=False)

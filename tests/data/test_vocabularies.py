@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings, strategies as st
 
 from t5like.data.vocabularies import (
@@ -174,6 +176,14 @@ def test_fingerprint_follows_content_not_place(shared_data, tmp_path):
     assert SentencePieceVocabulary(str(copy), extra_ids=6).fingerprint() != v.fingerprint()
 
 
+def test_ids_that_changed_have_another_fingerprint(shared_data):
+    """Stores whose special strings were read as control ids are not taken for these."""
+    v = make("neox", shared_data)
+    settings = {"extra_ids": 3, "eos_token": None, "pad_token": None, "bos_token": None}
+    key = f"TokenizerJsonVocabulary/{settings!r}".encode() + b"\0" + v._content()
+    assert v.fingerprint() != hashlib.blake2b(key, digest_size=16).hexdigest()
+
+
 def test_too_few_sentinels_names_who_and_how_many():
     v = ByteVocabulary(extra_ids=4)
     v.require_sentinels(4, "SpanCorruption")
@@ -189,6 +199,28 @@ def test_tokenizer_json_with_other_names(shared_data):
         _ = TokenizerJsonVocabulary(path, pad_token="[PAD]").pad_id
 
 
+def test_a_piece_that_looks_like_a_line_break_is_a_piece(tmp_path):
+    path = tmp_path / "vocab.txt"
+    for newline in ("\n", "\r\n"):
+        pieces = ["[PAD]", "[UNK]", "\u2028", "\x85", "b"]
+        path.write_bytes(newline.join([*pieces, ""]).encode())
+        v = WordPieceVocabulary(str(path))
+        assert v.size == 5 and v.encode("b").tolist() == [4]
+        assert [v.piece(i) for i in range(5)] == pieces
+
+
+def test_id_0_is_text_where_there_is_neither_pad_nor_end(tmp_path):
+    model = tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="b")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(str(path))
+    v = TokenizerJsonVocabulary(str(path), extra_ids=1)
+    assert (v.pad_id, v.eos_id) == (0, None)
+    assert v.decode(v.encode("a b a")) == "a b a"
+    assert v.special_ids.tolist() == [2]
+
+
 def test_unreadable_vocabularies(tmp_path):
     missing = str(tmp_path / "missing.model")
     with pytest.raises(UserError, match="SentencePieceVocabulary.path: .*missing.model"):
@@ -199,3 +231,10 @@ def test_unreadable_vocabularies(tmp_path):
         SentencePieceVocabulary(str(broken)).encode("x")
     with pytest.raises(UserError, match="broken.model"):
         TokenizerJsonVocabulary(str(broken)).encode("x")
+
+
+def test_control_words_in_a_text_are_text(shared_data):
+    v = make("neox", shared_data)
+    ids = v.encode("a <|endoftext|> b<|padding|>")
+    assert not np.isin(ids, [v.eos_id, v.pad_id, 1]).any()
+    assert v.decode(ids) == "a <|endoftext|> b<|padding|>"

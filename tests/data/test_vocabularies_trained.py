@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from hypothesis import given, settings, strategies as st
 
 from t5like.data.sources import PythonSource, TextSource
 from t5like.data.vocabularies import SentencePieceVocabulary, TrainedVocabulary
+from t5like.data.vocabularies.trained import sample
 from t5like.errors import UserError
 
 
@@ -95,3 +97,11 @@ def test_size_holds_pieces_that_serve_the_text(trained):
     text = next(PythonSource("validation").documents()).text
     assert len(text) / len(trained.encode(text)) > 2
     assert np.unique(trained.encode(text)).size > 150
+
+
+def test_a_source_that_cannot_be_cut_gives_its_whole_sample(tmp_path):
+    path = tmp_path / "text.txt.gz"
+    path.write_bytes(gzip.compress(b"a line of some text\n" * 20_000))
+    for unit in ("line", "file"):
+        taken = sum(map(len, sample(TextSource(str(path), unit), 100_000)))
+        assert 90_000 < taken < 110_000

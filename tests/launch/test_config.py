@@ -34,6 +34,20 @@ def test_every_run_page_stands_alone_and_states_its_command(page):
     assert page in head and head.startswith("#"), "a run page starts with its command"
 
 
+@pytest.mark.parametrize("page", [p for p in PAGES if "/models/" in p])
+def test_a_model_page_leaves_nothing_of_another_model_behind(page):
+    alone = "train.model = @ModelConfig()\n"
+    models = [
+        config.load([*before, page], [alone]).run.model
+        for before in ([QUICKSTART], [QUICKSTART, "models/bert_base.gin"], [QUICKSTART, page])
+    ]
+    kept = {"architecture"} if page.endswith(("tiny.gin", "defaults.gin")) else set()
+    if page.endswith("defaults.gin"):  # It sets choices, not sizes.
+        kept |= {"num_layers", "d_model", "d_ff", "num_heads", "head_dim"}
+    shapes = [{k: v for k, v in dataclasses.asdict(m).items() if k not in kept} for m in models]
+    assert shapes[0] == shapes[1] == shapes[2]
+
+
 def test_pages_are_found_by_short_name_from_any_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in (QUICKSTART, "runs/quickstart.gin"):
@@ -144,6 +158,8 @@ def test_a_required_value_and_a_macro_without_value():
         "ModelConfig.position = 'foo'",
         "SpanCorruption.noise_density = 1.5",
         "SpanCorruption.cut = 'page'",
+        "ModelConfig.num_kv_heads = 0",
+        "ModelConfig.num_decoder_layers = 0",
         "train.objective = @SpanCorruption",
         "train.model = @AdamW()",
         "train.evals = 'validation'",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import pathlib
 
 import jax
@@ -42,15 +43,27 @@ PUBLISHED = {
 
 
 def bindings(page: pathlib.Path) -> dict:
-    """ModelConfig's bindings, read without gin: `ModelConfig.name = literal` a line."""
-    lines = [line for line in page.read_text().splitlines() if line and line[0] != "#"]
-    pairs = [line.split(" = ", 1) for line in lines]
+    """ModelConfig's bindings, read without gin: defaults, then `ModelConfig.name = literal`."""
+    text = page.read_text()
+    assert "include 'gin_configs/models/defaults.gin'\n" in text
+    both = (PAGES / "defaults.gin").read_text() + text
+    lines = [line for line in both.splitlines() if line and line[0] != "#"]
+    pairs = [line.split(" = ", 1) for line in lines if not line.startswith("include ")]
     assert all(name.startswith("ModelConfig.") for name, _ in pairs), page
     return {name.removeprefix("ModelConfig."): ast.literal_eval(value) for name, value in pairs}
 
 
 def test_every_page_is_counted():
-    assert {page.stem for page in PAGES.glob("*.gin")} == set(PUBLISHED)
+    assert {page.stem for page in PAGES.glob("*.gin")} == {*PUBLISHED, "defaults"}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_page_binds_every_field_of_a_shape(name):
+    """What one page binds and another does not would be left behind by the first."""
+    elsewhere = {"vocab_size", "vocab_multiple", "dtype", "param_dtype", "scan_layers", "remat"}
+    elsewhere |= {"attention_backend", "relative_bidirectional", "architecture"}
+    fields = {field.name for field in dataclasses.fields(ModelConfig)}
+    assert fields - elsewhere <= set(bindings(PAGES / f"{name}.gin"))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -62,7 +75,7 @@ def test_parameter_counts(name):
 
 def test_header_states_the_count_in_words():
     for name, (_, parameters) in PUBLISHED.items():
-        header = (PAGES / f"{name}.gin").read_text().split("\nModelConfig.")[0]
+        header = (PAGES / f"{name}.gin").read_text().split("\ninclude ")[0]
         words = header.replace("\n# ", " ").split()
         unit = {"M": 1e6, "B": 1e9}
         stated = [

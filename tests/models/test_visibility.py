@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -59,10 +61,11 @@ def test_prefix(tiny, family):
     assert not plain_row[1, :3].any() and plain_row[1, 3:].all()
 
 
-@pytest.mark.parametrize("family", ["llama", "bert", "per layer", "sinusoidal"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_all_prefix_decoder_is_an_encoder(tiny, family):
     """With every flag set a decoder computes exactly what the encoder of its weights would."""
-    decoder, encoder = tiny.config("decoder", family), tiny.config("encoder", family)
+    encoder = tiny.config("encoder", family)
+    decoder = dataclasses.replace(encoder, architecture="decoder", relative_bidirectional=True)
     params = tiny.parameters(decoder)
     renamed = {("encoder" if name == "decoder" else name): tree for name, tree in params.items()}
     batch = tiny.batch("decoder")

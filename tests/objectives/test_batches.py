@@ -10,6 +10,7 @@ from objectives.mlm import MaskedLM
 from objectives.prefix_lm import PrefixLM
 from objectives.span_corruption import SpanCorruption
 from t5like.data.pipeline import Component, Pipeline
+from t5like.errors import UserError
 
 CASES = [
     (CausalLM(), "decoder"),
@@ -48,6 +49,7 @@ class MemoryCorpus:
 def test_batches(setting, objective, architecture, pack, across):
     corpus = MemoryCorpus()
     bound = objective.bind(setting(architecture, 64, framed=architecture == "encoder"))
+    across = across or not bound.keeps_documents_apart
     pipeline = Pipeline(
         [Component("all", corpus, bound)],
         vocabulary=bound.setting.vocabulary,
@@ -77,6 +79,22 @@ def test_batches(setting, objective, architecture, pack, across):
         assert weights.sum() > 0
         for name, array in batch.items():
             assert array.min() >= 0 and (not name.endswith("tokens") or array.max() < 1000)
+
+
+@pytest.mark.parametrize("architecture", SpanCorruption.architectures)
+def test_spans_of_a_window_cannot_be_kept_to_their_documents(setting, architecture):
+    bound = SpanCorruption().bind(setting(architecture, 64))
+    with pytest.raises(UserError, match="attend_across_documents=False.*'document'"):
+        Pipeline(
+            [Component("all", MemoryCorpus(), bound)],
+            vocabulary=bound.setting.vocabulary,
+            architecture=architecture,
+            length=bound.lengths.inputs,
+            targets_length=bound.lengths.targets,
+            batch_size=8,
+            seed=0,
+            attend_across_documents=False,
+        )
 
 
 def test_equal_seeds_give_equal_batches_and_other_seeds_do_not(setting):

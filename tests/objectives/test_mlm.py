@@ -161,3 +161,31 @@ def test_held_out_data_is_masked_at_its_own_rate(setting):
 def test_errors(setting, make, message):
     with pytest.raises(UserError, match=message):
         make(setting)
+
+
+def test_what_is_shown_depends_on_the_chosen_set_not_on_a_processors_order(setting, record):
+    objective = MaskedLM(rate=0.5).bind(setting("encoder", 64))
+    before = objective.corrupt(record(60, 0), generator(0, "x"))
+
+    class Reversed(np.ndarray):
+        def argpartition(self, count):
+            return np.argsort(np.asarray(self))[:count][::-1]
+
+    class Draws:
+        def __init__(self, rng):
+            self._rng = rng
+
+        def random(self, size):
+            return self._rng.random(size).view(Reversed)
+
+        def __getattr__(self, name):
+            return getattr(self._rng, name)
+
+    after = objective.corrupt(record(60, 0), Draws(generator(0, "x")))
+    np.testing.assert_array_equal(before.tokens, after.tokens)
+    np.testing.assert_array_equal(before.weights, after.weights)
+
+
+def test_an_iid_draw_has_no_budget():
+    with pytest.raises(UserError, match="max_predictions"):
+        MaskedLM(selection="iid", max_predictions=20)

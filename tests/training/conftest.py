@@ -104,7 +104,7 @@ def _same_bits(left: Any, right: Any) -> None:
     left_leaves, left_tree = jax.tree.flatten(left)
     right_leaves, right_tree = jax.tree.flatten(right)
     assert left_tree == right_tree
-    for a, b in zip(left_leaves, right_leaves):
+    for a, b in zip(left_leaves, right_leaves, strict=True):
         a, b = np.asarray(a), np.asarray(b)
         assert a.dtype == b.dtype and a.shape == b.shape
         assert a.tobytes() == b.tobytes()

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from t5like.errors import UserError
 from t5like.training import manifest, optimizers, state as state_lib
 from t5like.training.checkpoints import Checkpoints
-from t5like.training.init_from import InitFrom, restore_params
+from t5like.training.init_from import InitFrom, find, restore_params
 
 TRANSFORM = optimizers.AdamW().build(10)
 
@@ -266,8 +267,51 @@ def test_optimizer_and_step_are_reset_unless_asked(two_saved, assert_same_bits):
     assert_same_bits(reset.params, make_state(2).params)
     whole = InitFrom(str(two_saved), keep_optimizer=True).apply(fresh, template)
     assert_same_bits(whole, make_state(2))
-    with pytest.raises(UserError, match="prefixes"):
+    with pytest.raises(UserError, match="train.init_reset.*train.init_prefixes"):
         InitFrom(str(two_saved), ("model",), keep_optimizer=True).apply(fresh, template)
+
+
+def test_another_vocabulary_is_refused_unless_prefixes_choose(two_saved):
+    path, info = find(two_saved)
+    (path / manifest.NAME).write_text(json.dumps({**info, "vocabulary": "theirs"}))
+    fresh = make_state(0)
+    template = template_of(fresh)
+    with pytest.raises(UserError, match="theirs.*ours"):
+        InitFrom(str(two_saved)).apply(fresh, template, "ours")
+    InitFrom(str(two_saved)).apply(fresh, template, "theirs")
+    InitFrom(str(two_saved), ("model",)).apply(fresh, template, "ours")
+
+
+def test_leftovers_that_cannot_be_removed_are_an_error_that_names_the_path(tmp_path, monkeypatch):
+    def refuse(self, missing_ok=False):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    (tmp_path / "3.deleted").mkdir()
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "rmtree", refuse)
+    with pytest.raises(UserError, match=str(tmp_path)):
+        Checkpoints(tmp_path)
+
+
+def test_a_damaged_checkpoint_that_cannot_be_renamed_is_named(tmp_path, monkeypatch):
+    save_all(tmp_path, [1, 2])
+    (tmp_path / "2" / manifest.NAME).unlink()
+    checkpoints = Checkpoints(tmp_path)
+
+    def refuse(self, target):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(type(checkpoints.directory), "rename", refuse)
+    with pytest.raises(UserError, match=str(tmp_path / "2")):
+        checkpoints.restore_latest(template_of(make_state()))
+    checkpoints.close()
+
+
+def test_metrics_found_later_are_added_and_the_checkpoint_stays_good(tmp_path):
+    save_all(tmp_path, [2])
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.add_metrics(2, {"held_out/loss": 0.5})
+    checkpoints.close()
+    assert manifest.verify(tmp_path / "2")["metrics"]["held_out/loss"] == 0.5
 
 
 def test_the_manifest_lists_arrays_for_people_and_tools(two_saved):

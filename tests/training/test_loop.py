@@ -162,7 +162,7 @@ def test_a_non_finite_loss_stops_the_run_and_is_not_saved(toy, toy_parts):
                 batch["x"][0, 0] = np.nan
             yield step, batch
 
-    with pytest.raises(NonFiniteLoss, match="'error' is nan at step 7"):
+    with pytest.raises(NonFiniteLoss, match="'error' is nan at step 7.*another --workdir"):
         toy.fit(20, batches=batches, log_every=10, checkpoint_every_steps=4)
     assert saved_steps(toy) == [4]
     assert int(toy.fit(5).state.step) == 5  # goes on from there
@@ -223,9 +223,68 @@ def test_init_from_starts_at_step_0_with_the_others_parameters(make_toy, assert_
     assert_same_bits(got.params, wanted.params)
 
 
+def test_a_start_past_the_end_names_both_steps(make_toy):
+    source, toy = make_toy("source"), make_toy("toy")
+    source.fit(5)
+    start = InitFrom(str(source.workdir), keep_optimizer=True)
+    with pytest.raises(UserError, match="at step 5, .* run of 5 steps .*train.init_reset=True"):
+        toy.fit(5, init_from=start)
+    assert int(toy.fit(6, init_from=start).state.step) == 6
+
+
+def test_evaluations_that_were_missed_are_made_up_for_once(toy, toy_parts):
+    one, two = held_out(toy_parts), {"longer": held_out(toy_parts, 5)["held_out"]}
+    toy.fit(3, evals=one)
+    assert toy.fit(3, evals=one | two).metrics.keys() == {"longer"}
+    assert toy.fit(3, evals=one | two).stopped_by == "nothing to do"
+    for split in ("held_out", "longer"):
+        assert [line["step"] for line in lines(toy, split)] == [3]
+
+
+def test_a_final_evaluation_cut_short_twice_leaves_one_line_a_split(toy, toy_parts):
+    def cut():
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield toy_parts.batch_of(0)
+        yield toy_parts.batch_of(1)
+
+    whole = held_out(toy_parts)["held_out"]
+    for evals in ({"a": whole, "b": cut}, {"b": whole, "c": cut}, {"b": whole, "c": cut}):
+        with pytest.raises(signals.Preempted):
+            toy.fit(3, evals=evals)
+    toy.fit(3, evals={"a": whole, "b": whole, "c": whole})
+    assert toy.fit(3, evals={"a": whole, "b": whole}).stopped_by == "nothing to do"
+    for split in "abc":
+        assert [line["step"] for line in lines(toy, split)] == [3]
+
+
 def test_checkpoints_by_the_clock_and_the_best(toy, toy_parts):
     toy.fit(4, checkpoint_every_steps=None, checkpoint_every_minutes=0.0, keep=2)
     assert saved_steps(toy) == [3, 4]
+
+
+def test_the_best_is_kept_though_no_save_was_due_when_it_was_measured(toy, toy_parts):
+    scales = iter([1.0, 50.0, 90.0])
+
+    def harder_every_time():
+        batch = toy_parts.batch_of(1000)
+        return [batch | {"y": batch["y"] * next(scales)}]
+
+    toy.fit(
+        6, checkpoint_every_steps=None, eval_every=2, keep=1, keep_best="held_out/loss",
+        evals={"held_out": harder_every_time},
+    )  # fmt: skip
+    losses = [line["loss"] for line in lines(toy, "held_out")]
+    assert losses == sorted(losses)
+    assert saved_steps(toy) == [2, 6]
+
+
+def test_changed_training_text_is_refused(toy):
+    toy.fit(1)
+    toy.fit(2, data_fingerprint="before")  # the first part had none: nothing to compare
+    toy.fit(3, data_fingerprint="before")
+    toy.fit(3)
+    with pytest.raises(UserError, match="training text"):
+        toy.fit(4, data_fingerprint="after")
 
 
 def test_frozen_trees_reach_the_loss_and_survive_a_resume(toy, toy_parts):

@@ -1,5 +1,6 @@
 """Log lines: never doubled, never lost; the screen on a terminal and elsewhere."""
 
+import contextlib
 import io
 import json
 
@@ -39,9 +40,45 @@ def test_a_line_is_on_disk_at_once(tmp_path):
 def test_a_full_disk_names_the_file(tmp_path):
     writer = writers.JsonLines(tmp_path / "metrics.jsonl", 0)
     writer._file.close()
-    writer._file = open("/dev/full", "w")
+    writer._file = open("/dev/full", "w")  # noqa: SIM115  closed by the writer
     with pytest.raises(UserError, match="metrics.jsonl"):
         writer.write(LINE)
+    writer.close()  # What could not be written cannot be flushed either, and was told.
+
+
+def test_a_full_disk_keeps_its_message_through_closing(tmp_path):
+    with pytest.raises(UserError, match="metrics.jsonl"), contextlib.ExitStack() as stack:
+        writer = writers.JsonLines(tmp_path / "metrics.jsonl", 0)
+        stack.callback(writer.close)
+        writer._file.close()
+        writer._file = open("/dev/full", "w")  # noqa: SIM115  closed by the writer
+        writer.write(LINE)
+
+
+def test_tensorboard_on_a_full_disk_warns_once_and_does_not_block(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(writers, "_FLUSH_SECONDS", 0.0)
+    writer = writers.TensorBoard(tmp_path, 0)
+    writer._events._py_recordio_writer._writer = open("/dev/full", "wb")  # noqa: SIM115
+    for step in range(20):
+        writer.write({**LINE, "step": step})
+    writer.close()
+    assert caplog.text.count(f"cannot write {tmp_path}") == 1
+
+
+def test_a_tensorboard_that_cannot_be_opened_names_the_directory(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/tensorboard"):
+        writers.TensorBoard(tmp_path / "file" / "tensorboard", 0)
+
+
+def test_lines_of_splits_evaluated_again_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = writers.JsonLines(path, 0)
+    for split in ("train", "a", "b"):
+        first.write({**LINE, "split": split})
+    first.close()
+    writers.JsonLines(path, 7, ["b"]).close()
+    assert [json.loads(text)["split"] for text in path.read_text().splitlines()] == ["train", "a"]
 
 
 def test_tensorboard_gets_the_numbers(tmp_path):

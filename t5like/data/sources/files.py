@@ -189,9 +189,10 @@ def decode(data: bytes, file: File, offset: int = 0) -> str:
 
 
 def content_hash(files: Sequence[File]) -> str:
-    """A hash of names, sizes and content, whatever folder the files lie in.
+    """A hash of names, sizes and content (of large files, a part), whatever folder they lie in.
 
-    Files over HASHED_WHOLE bytes count by modification time and three samples instead of whole.
+    Files over HASHED_WHOLE bytes count by modification time and three samples instead of whole:
+    a copy with another modification time is another content.
     """
     digest = hashlib.blake2b(digest_size=16)
     for file in files:

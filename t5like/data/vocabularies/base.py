@@ -118,9 +118,21 @@ class Vocabulary:
         return np.arange(self.size - 1, self.base_size - 1, -1, dtype=np.int32)
 
     @functools.cached_property
+    def _sentinel_numbers(self) -> dict[int, int]:
+        return {int(i): k for k, i in enumerate(self.sentinels)}
+
+    @functools.cached_property
+    def _silent_ids(self) -> frozenset[int | None]:
+        """Ids that decode to nothing: EOS and pad, unless pad is id 0 for want of either."""
+        if self.eos_id is None and self.pad_id == 0 and not self._is_control(0):
+            return frozenset()
+        return frozenset({self.eos_id, self.pad_id})
+
+    @functools.cached_property
     def special_ids(self) -> np.ndarray:
         """int32, rising: ids that stand for no text (pad, EOS, BOS, UNK, mask, sentinels ...)."""
-        named = [self.pad_id, self.eos_id, self.bos_id, self.unk_id, self.mask_id]
+        named = [*self._silent_ids, self.unk_id, self.mask_id]
+        named += [self.bos_id] if self.bos_id != self.pad_id else []
         control = [i for i in range(self.base_size) if self._is_control(i)]
         found = {i for i in [*named, *control, *self.sentinels.tolist()] if i is not None}
         return np.array(sorted(found), np.int32)
@@ -151,18 +163,20 @@ class Vocabulary:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of ids; sentinels read `<extra_id_k>`, pad and EOS read as nothing.
 
+        In a vocabulary that has neither, id 0 fills rows and is text all the same.
+
         Raises:
           ValueError: an id is not in the vocabulary.
         """
         text, run = [], []
-        numbers = {int(s): k for k, s in enumerate(self.sentinels)}
         for i in np.asarray(ids).tolist():
             if not 0 <= i < self.size:
                 raise ValueError(f"id {i} is not in a vocabulary of {self.size}")
-            if i in numbers:
-                text += [self._decode_run(run, not text), f"<extra_id_{numbers[i]}>"]
+            if i in self._sentinel_numbers:
+                number = self._sentinel_numbers[i]
+                text += [self._decode_run(run, not text), f"<extra_id_{number}>"]
                 run = []
-            elif i not in (self.pad_id, self.eos_id):
+            elif i not in self._silent_ids:
                 run.append(i)
         return "".join([*text, self._decode_run(run, not text)])
 

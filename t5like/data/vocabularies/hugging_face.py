@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import gzip
 import json
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -15,6 +16,11 @@ from t5like.errors import UserError
 
 _EOS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[SEP]")
 _UNK = ("<unk>", "[UNK]", "<|unk|>")
+
+
+def _lines(data: bytes) -> list[str]:
+    """Lines of a vocabulary file; str.splitlines would also cut at pieces such as U+2028."""
+    return data.decode().replace("\r\n", "\n").removesuffix("\n").split("\n")
 
 
 class _TokenizerVocabulary(Vocabulary):
@@ -29,6 +35,8 @@ class _TokenizerVocabulary(Vocabulary):
             tokenizer = self._make()
         except Exception as e:  # tokenizers raises bare Exception.
             raise UserError(f"{self} cannot be read ({e})") from e
+        # "</s>" in a text is text: only the pipeline puts control tokens.
+        tokenizer.encode_special_tokens = True
         tokenizer.no_padding()
         tokenizer.no_truncation()
         return tokenizer
@@ -99,7 +107,7 @@ class WordPieceVocabulary(_TokenizerVocabulary):
         return read_file(self.path, "WordPieceVocabulary.path")
 
     def _make(self) -> tokenizers.Tokenizer:
-        pieces = self._content().decode().splitlines()
+        pieces = _lines(self._content())
         model = tokenizers.models.WordPiece(
             {piece: i for i, piece in enumerate(pieces)},
             unk_token="[UNK]",
@@ -141,8 +149,8 @@ class GPT2Vocabulary(_TokenizerVocabulary):
 
     def _make(self) -> tokenizers.Tokenizer:
         encoder, merges = self._content().split(b"\0", 1)
-        lines = merges.decode().splitlines()
-        pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+        lines = [line for line in _lines(merges) if line and not line.startswith("#version")]
+        pairs = [tuple(line.split(" ")) for line in lines]
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(json.loads(encoder), pairs))
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -177,6 +185,10 @@ class TokenizerJsonVocabulary(_TokenizerVocabulary):
 
     def _make(self) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_str(self._content().decode())
+
+    def _settings(self) -> dict[str, Any]:
+        # Special strings were once read as ids; stores made so must not be taken for these.
+        return {**super()._settings(), "special_strings": "text"}
 
     def _chosen(self, setting: str, default: int | None) -> int | None:
         token = getattr(self, setting)

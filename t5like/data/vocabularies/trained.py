@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import os
 from collections.abc import Iterator
 
@@ -17,6 +18,8 @@ from t5like.data.vocabularies.sentencepiece import SentencePieceVocabulary
 from t5like.errors import UserError
 
 MODEL_TYPES = ("bpe", "unigram")
+# Part of the cached model's name: raise it when equal settings give another model.
+_VERSION = 2
 _SLICES = 64
 _CHUNK_CHARACTERS = 2048
 
@@ -54,7 +57,7 @@ class TrainedVocabulary:
         Raises:
           UserError: the source is too small for `size`, or the cache cannot be written.
         """
-        key = f"{self}/{sentencepiece.__version__}/{source.fingerprint()}"
+        key = f"{_VERSION}/{self}/{sentencepiece.__version__}/{source.fingerprint()}"
         name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
         path = local(cache_dir) / f"vocabulary-{name}.model"
         if not path.exists():
@@ -100,15 +103,21 @@ class TrainedVocabulary:
 
 
 def sample(source: Source, sample_bytes: int) -> Iterator[str]:
-    """About sample_bytes of a source in chunks of whole lines, evenly from its slices."""
-    for shard in range(_SLICES):
-        left = sample_bytes // _SLICES
-        for document in source.documents(shard, _SLICES):
-            if left <= 0:
-                break
+    """About sample_bytes of a source in chunks of whole lines, evenly from its slices.
+
+    Files that cannot be cut lie in one slice each; empty slices leave their share to the others.
+    """
+    slices = [source.documents(shard, _SLICES) for shard in range(_SLICES)]
+    firsts = [next(documents, None) for documents in slices]
+    filled = [pair for pair in zip(firsts, slices, strict=True) if pair[0] is not None]
+    for first, documents in filled:
+        left = sample_bytes // len(filled)
+        for document in itertools.chain([first], documents):
             text = document.text[:left]
             left -= len(text.encode("utf-8", "replace"))
             yield from _chunks(text)
+            if left <= 0:
+                break
 
 
 def _chunks(text: str) -> Iterator[str]:
