@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import errno
 import math
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -40,7 +41,7 @@ class Checkpoints:
     def __init__(self, directory: epath.PathLike, *, keep: int = 3, best_metric: str | None = None):
         if keep < 1:
             raise UserError(f"keep={keep}: at least the newest checkpoint has to be kept")
-        self.directory = epath.Path(directory)
+        self.directory = absolute(directory)
         self._keep, self._best_metric = keep, best_metric
         self._handler = _Handler()
         self._writer = ocp.AsyncCheckpointer(self._handler)
@@ -219,6 +220,12 @@ def _naming(path: epath.Path) -> Iterator[None]:
         if isinstance(error, OSError):
             raise UserError(f"cannot write checkpoints to {path}: {error}") from error
         raise
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """The path as orbax wants it: from the root, or with its scheme (gs://)."""
+    path = epath.Path(path)
+    return path if "://" in str(path) else epath.Path(os.path.abspath(path))
 
 
 def steps_in(directory: epath.PathLike) -> list[int]:

@@ -111,7 +111,7 @@ def find(path: epath.PathLike) -> tuple[epath.Path, dict[str, Any]]:
     Raises:
       UserError: there is none.
     """
-    path = epath.Path(path)
+    path = checkpoints.absolute(path)
     if (path / manifest.NAME).exists():
         candidates = [path]
     else:

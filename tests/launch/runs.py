@@ -47,10 +47,12 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "JAX_PLATFORMS": "cpu", **changes}
 
 
-def run(name: str, *arguments: str, timeout: int = 240, **changes) -> subprocess.CompletedProcess:
+def run(
+    name: str, *arguments: str, timeout: int = 240, cwd: str = ROOT.anchor, **changes: str
+) -> subprocess.CompletedProcess:
     """Runs launch/NAME.py to its end from an unrelated directory; `changes` of environment."""
     return subprocess.run(
-        command(name, *arguments), env=environment(**changes), cwd=ROOT.anchor,
+        command(name, *arguments), env=environment(**changes), cwd=cwd,
         capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL,
     )  # fmt: skip
 

@@ -123,6 +123,16 @@ def test_a_finished_run_is_left_alone_and_a_raised_budget_extends_it(text, tmp_p
     assert [m["step"] for m in metrics(tmp_path)] == [1, 2, 3, 4, 5]
 
 
+def test_a_workdir_may_be_relative(text, tmp_path):
+    succeed("train", *tiny(text), "--workdir=runs/one", "--gin.train.steps=1", cwd=tmp_path)
+    succeed("train", *tiny(text), "--workdir=runs/one", "--gin.train.steps=2", cwd=tmp_path)
+    assert [m["step"] for m in metrics(tmp_path / "runs" / "one")] == [1, 2]
+    start = "--gin.train.init_from='runs/one'"
+    succeed("train", *tiny(text), start, "--workdir=two", "--gin.train.steps=1", cwd=tmp_path)
+    filled = succeed("generate", "--workdir=runs/one", "--infill", "line ____ is", cwd=tmp_path)
+    assert filled.stdout.startswith("line ")
+
+
 def test_budgets_in_tokens_and_flops(text, tmp_path):
     succeed("train", *tiny(text), f"--workdir={tmp_path / 'a'}", "--gin.train.steps=2")
     line = metrics(tmp_path / "a")[-1]
