@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 from etils import epath
@@ -53,7 +54,10 @@ def train(gin_files: Sequence[str], bindings: Sequence[str], workdir: str) -> in
             identity=same,
             vocabulary_fingerprint=data.vocabulary.fingerprint(),
             data_fingerprint=" ".join(corpus.fingerprint for corpus, _ in data.corpora.values()),
-            evals={name: one_pass(pipeline, run) for name, pipeline in evals.items()},
+            evals={
+                name: functools.partial(pipeline.one_pass, run.eval_batches)
+                for name, pipeline in evals.items()
+            },
             log_every=run.log_every,
             eval_every=run.eval_every,
             checkpoint_every_steps=run.checkpoint_every_steps,
@@ -116,11 +120,6 @@ def slots(pipeline: Pipeline) -> int:
     return sum(
         shape[0] * shape[1] for name, (shape, _) in spec.items() if name.endswith("input_tokens")
     )
-
-
-def one_pass(pipeline: Pipeline, run: RunConfig) -> Callable[[], Iterator[dict]]:
-    """A function that gives the eval's batches, once through or train.eval_batches of them."""
-    return lambda: pipeline.one_pass(run.eval_batches)
 
 
 def starting_point(run: RunConfig) -> init_from.InitFrom | None:

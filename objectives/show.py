@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from t5like.data import layout
 from t5like.data.examples import Aligned, Example
 
 # (text, style name) in reading order; style names are the keys of STYLES.
@@ -29,16 +28,7 @@ STYLES = {
 
 def laid_out(example: Example, pipeline: Any) -> dict[str, np.ndarray]:
     """The example alone in a row: {feature: [L]}, as the pipeline would lay it out."""
-    batch = layout.lay_out(
-        [[example]],
-        architecture=pipeline.architecture,
-        length=pipeline.length,
-        targets_length=pipeline.targets_length,
-        bos_id=pipeline.vocabulary.bos_id,
-        pad_id=pipeline.vocabulary.pad_id,
-        attend_across_documents=pipeline.attend_across_documents,
-    )
-    return {name: array[0] for name, array in batch.items()}
+    return {name: array[0] for name, array in pipeline.lay_out([[example]]).items()}
 
 
 def as_json(drawn: Any, row: Mapping[str, np.ndarray], vocabulary: Any) -> dict[str, Any]:

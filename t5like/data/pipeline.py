@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from t5like.data import layout
-from t5like.data.examples import Document, Lengths
+from t5like.data.examples import Document, Example, Lengths
 from t5like.data.packing import PackedRows
 from t5like.data.stream import Component, Drawn, ExampleStream
 from t5like.errors import UserError
@@ -150,21 +150,24 @@ class Pipeline:
     def _lay_out(self, indices: list[list[int]]) -> dict[str, np.ndarray]:
         """A batch of rows, each given as the numbers of its examples."""
         read = self._stream.reader()
-        rows = [[read(index).example for index in row] for row in indices]
         try:
-            return layout.lay_out(
-                rows,
-                architecture=self.architecture,
-                length=self.length,
-                targets_length=self.targets_length,
-                bos_id=self.vocabulary.bos_id,
-                pad_id=self.vocabulary.pad_id,
-                attend_across_documents=self.attend_across_documents,
-            )
+            return self.lay_out([[read(index).example for index in row] for row in indices])
         except layout.LayoutError as error:
             index = indices[error.row][error.example]
             name = read(index).component.name
             raise ValueError(f"example {index} (of {name!r}): {error.reason}") from None
+
+    def lay_out(self, rows: list[list[Example]]) -> dict[str, np.ndarray]:
+        """{feature: [len(rows), L]} of examples that are given, as batches of them would be."""
+        return layout.lay_out(
+            rows,
+            architecture=self.architecture,
+            length=self.length,
+            targets_length=self.targets_length,
+            bos_id=self.vocabulary.bos_id,
+            pad_id=self.vocabulary.pad_id,
+            attend_across_documents=self.attend_across_documents,
+        )
 
     def spec(self) -> dict[str, tuple[tuple[int, int], np.dtype]]:
         """{feature: (shape, dtype)} of a global batch."""

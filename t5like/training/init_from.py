@@ -43,22 +43,21 @@ class InitFrom:
           UserError: nothing usable there; missing or mismatching parameters, by name; another
             vocabulary, unless prefixes choose what is taken.
         """
-        if not self.prefixes:
-            path, info = find(self.path)
-            theirs = info.get("vocabulary", "")
-            if theirs and vocabulary and theirs != vocabulary:
-                raise UserError(
-                    f"train.init_from: {path} was trained with another vocabulary (fingerprint "
-                    f"{theirs}, now {vocabulary}): bind train.vocabulary to that one, or list "
-                    "what to take in train.init_prefixes"
-                )
-        if not self.keep_optimizer:
-            params = restore_params(self.path, template.params, self.prefixes, state.params)
-            return state.replace(params=params)
-        if self.prefixes:
+        if self.prefixes and self.keep_optimizer:
             raise UserError(
                 "train.init_reset=False takes the whole state: leave train.init_prefixes unset"
             )
+        path, info = find(self.path)
+        theirs = info.get("vocabulary", "")
+        if not self.prefixes and theirs and vocabulary and theirs != vocabulary:
+            raise UserError(
+                f"train.init_from: {path} was trained with another vocabulary (fingerprint "
+                f"{theirs}, now {vocabulary}): bind train.vocabulary to that one, or list "
+                "what to take in train.init_prefixes"
+            )
+        if not self.keep_optimizer:
+            params = _take(path, info, template.params, self.prefixes, state.params)
+            return state.replace(params=params)
         tree = {"step": template.step, "params": template.params, "opt_state": template.opt_state}
         stored = {n: a for n, a in info["arrays"].items() if not n.startswith("frozen/")}
         signature.compare(stored, signature.of(tree), path)
@@ -87,7 +86,17 @@ def restore_params(
       UserError: no usable checkpoint; or a parameter that is missing or of another shape; or
         prefixes that match nothing.
     """
-    path, info = find(path)
+    return _take(*find(path), template, prefixes, fresh)
+
+
+def _take(
+    path: epath.Path,
+    info: Mapping[str, Any],
+    template: Any,
+    prefixes: tuple[str, ...],
+    fresh: Any | None,
+) -> Any:
+    """As restore_params, of a checkpoint that was found."""
     wanted = traverse_util.flatten_dict(template, sep="/")
     taken = {
         name: leaf
