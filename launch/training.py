@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Sequence
 
@@ -118,7 +119,7 @@ def slots(pipeline: Pipeline) -> int:
     """Token slots of a batch: what the model reads, inputs and targets."""
     spec = pipeline.spec()
     return sum(
-        shape[0] * shape[1] for name, (shape, _) in spec.items() if name.endswith("input_tokens")
+        math.prod(shape) for name, (shape, _) in spec.items() if name.endswith("input_tokens")
     )
 
 

@@ -25,7 +25,9 @@ class Setting:
       vocabulary: see t5like/data/vocabularies.
       length: tokens of a row (an encoder's inputs, or the one row of an encoder or decoder).
       targets_length: tokens of an encoder-decoder's decoder row; None: the objective decides.
-      corpus: the training corpus, for objectives that keep corpus statistics.
+      corpus: the training corpus, for objectives that keep corpus statistics; None where nothing
+        will be corrupted (the first check of a configuration, a loaded run).
+      cache_dir: a local directory in which such statistics are kept, or None.
     """
 
     architecture: str
@@ -33,6 +35,7 @@ class Setting:
     length: int
     targets_length: int | None = None
     corpus: Any = None
+    cache_dir: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +43,11 @@ class Objective:
     """Base of all objectives. Fields are hyperparameters; `setting` is filled in by `bind`."""
 
     architectures: ClassVar[tuple[str, ...]] = ()
+    # Features of a batch beyond layout.FEATURES, without the name of their stack, and how many
+    # members an example has (see t5like.data.examples.Members).
+    features: ClassVar[tuple[str, ...]] = ()
+    members: ClassVar[int] = 1
+
     setting: Setting | None = dataclasses.field(default=None, kw_only=True, repr=False)
 
     def bind(self, setting: Setting) -> Objective:
@@ -79,6 +87,39 @@ class Objective:
         """A pure function of (record, rng)."""
         raise NotImplementedError
 
+    # --- what a trained model can be asked ---
+
+    @property
+    def named_tokens(self) -> Mapping[int, str]:
+        """Id -> name of tokens that this objective gave a meaning, such as mode tokens."""
+        return {}
+
+    @property
+    def reads_both_ways(self) -> bool:
+        """Whether a decoder trained on this sees a text it is given in both directions."""
+        return False
+
+    def infilling(self) -> Any | None:
+        """How blanks are asked for and answered (see t5like/inference/infill.py), or None."""
+        return None
+
+    def continuation(self, prefix: np.ndarray, rest: np.ndarray) -> Example | None:
+        """The example that asks for int32 tokens `rest` after `prefix`, or None if none does.
+
+        The prefix may be a decoder's or an encoder's input; `rest` is what has loss, followed by
+        EOS.
+        """
+        del prefix, rest
+        return None
+
+    def readable(self, row: Mapping[str, np.ndarray], reader: Any) -> Any | None:
+        """Labelled runs of a laid-out row, as objectives/show.py makes them; None: as usual.
+
+        For objectives whose examples mean more than tokens and targets.
+        """
+        del row, reader
+        return None
+
     # --- device half ---
 
     def network(self, config: Any) -> Any:
@@ -90,13 +131,27 @@ class Objective:
 
         Args:
           apply: the network's `apply`.
-          params, frozen: parameter trees (trained; and teachers and the like), each the contents
-            of a "params" collection.
-          batch: {feature: [B, L]}.
+          params: the trained parameters, contents of a "params" collection. Where a run has
+            several objectives it holds the heads of them all.
+          frozen: what `frozen` gave, in the run's state.
+          batch: {feature: [B, L]}, or [B, M, L] where `members` is more than 1.
           rng: a key for dropout and in-step sampling.
           train: whether dropout is on.
         """
         raise NotImplementedError
+
+    def frozen(self, config: Any) -> Any | None:
+        """Trees of arrays that losses read and gradients do not reach (a teacher), or None.
+
+        Called once, when a run starts; the result is part of the run's state.
+        """
+        del config
+        return None
+
+    @property
+    def device_key(self) -> Any:
+        """Objectives with equal keys have one network and one loss, and can share a batch."""
+        return dataclasses.replace(self, setting=None)
 
     @property
     def keeps_documents_apart(self) -> bool:

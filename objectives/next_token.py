@@ -49,6 +49,10 @@ class NextToken(Objective):
     def _eos(self) -> int:
         return self.setting.vocabulary.eos_id
 
+    @property
+    def device_key(self) -> Any:
+        return ("next token", self.z_loss, self.label_smoothing)
+
     # JAX is imported here, not above: a data loader's worker needs the host half only.
 
     def network(self, config: Any) -> Any:

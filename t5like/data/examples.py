@@ -75,6 +75,8 @@ class Seq2Seq:
         record, or None where the record is one document.
       bidirectional_inputs: on a decoder, whether the inputs see each other both ways.
       loss_on_inputs: on a decoder, whether the inputs are predicted too.
+      features: name -> int32 [T], further values of the targets' slots, which reach the batch as
+        `decoder_NAME` if the objective lists them in its `features`; 0 at all other slots.
     """
 
     inputs: np.ndarray
@@ -83,6 +85,7 @@ class Seq2Seq:
     target_documents: np.ndarray | None = None
     bidirectional_inputs: bool = True
     loss_on_inputs: bool = False
+    features: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +98,10 @@ class Aligned:
       weights: float32 [L], zero where nothing is asked.
       positions: int32 [L], or None for 0..L-1.
       documents: int32 [L], document of each token, or None where there is one.
+      features: name -> int32 [L] (float32 where the name ends in "weights"), further values of
+        the slots, which reach the batch as `encoder_NAME` (`decoder_NAME` on a decoder) if the
+        objective lists them in its `features`; 0 at all other slots. The model itself reads
+        "token_types" and "isolated" (see t5like/models/visibility.py).
     """
 
     tokens: np.ndarray
@@ -102,9 +109,24 @@ class Aligned:
     weights: np.ndarray
     positions: np.ndarray | None = None
     documents: np.ndarray | None = None
+    features: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
-Example = Seq2Seq | Aligned
+@dataclasses.dataclass(frozen=True)
+class Members:
+    """Examples that are compared with each other, such as a pair that is to be ranked.
+
+    They stay together: a batch is then [B, M, L], so that no sharding parts them. In a packed row
+    they start at the same slot of their M rows, where `positions` is 0.
+
+    Attributes:
+      members: the same number M in every example of an objective.
+    """
+
+    members: tuple[Aligned, ...]
+
+
+Example = Seq2Seq | Aligned | Members
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +134,8 @@ class Lengths:
     """Upper bounds of an example's size, known before its tokens are read.
 
     Attributes:
-      inputs: tokens of `Seq2Seq.inputs`, or of `Aligned.tokens`.
-      targets: tokens of `Seq2Seq.targets`; 0 for Aligned.
+      inputs: tokens of `Seq2Seq.inputs`, of `Aligned.tokens`, or of the longest of `Members`.
+      targets: tokens of `Seq2Seq.targets`; 0 for the others.
     """
 
     inputs: int

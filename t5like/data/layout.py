@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from t5like.data.examples import Aligned, Example, Seq2Seq
+from t5like.data.examples import Aligned, Example, Members, Seq2Seq
 
 FEATURES = {
     "encoder": (
@@ -58,16 +58,28 @@ class LayoutError(ValueError):
 
 
 def spec(
-    architecture: str, batch_size: int, length: int, targets_length: int | None
-) -> dict[str, tuple[tuple[int, int], np.dtype]]:
-    """{feature: (shape [B, L], dtype)} of a batch: int32, loss weights float32."""
+    architecture: str,
+    batch_size: int,
+    length: int,
+    targets_length: int | None,
+    features: Sequence[str] = (),
+    members: int = 1,
+) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """{feature: (shape, dtype)} of a batch: int32, what ends in "weights" float32.
+
+    Args:
+      features: names of further features of the stack that predicts, without its name.
+      members: M; shapes are [B, L], or [B, M, L] where M is more than 1.
+    """
     decoder = targets_length if architecture == "encoder_decoder" else length
+    stack = "encoder" if architecture == "encoder" else "decoder"
+    rows = (batch_size,) if members == 1 else (batch_size, members)
     return {
         name: (
-            (batch_size, decoder if name.startswith("decoder") else length),
+            (*rows, decoder if name.startswith("decoder") else length),
             np.dtype(np.float32 if name.endswith("weights") else np.int32),
         )
-        for name in FEATURES[architecture]
+        for name in (*FEATURES[architecture], *(f"{stack}_{name}" for name in features))
     }
 
 
@@ -80,6 +92,8 @@ def lay_out(
     bos_id: int,
     pad_id: int,
     attend_across_documents: bool = True,
+    features: Sequence[str] = (),
+    members: int = 1,
 ) -> dict[str, np.ndarray]:
     """Lays rows of examples out for an architecture.
 
@@ -92,18 +106,20 @@ def lay_out(
       pad_id: token id of the empty slots.
       attend_across_documents: False gives each document of an example its own segment id, the
         same one on both sides of an encoder_decoder.
+      features, members: see `spec`.
 
     Returns:
-      {feature: [B, L]} as in `spec`. Positions count from 0 within each example.
+      {feature: [B, L] or [B, M, L]} as in `spec`. Positions count from 0 within each example.
 
     Raises:
       LayoutError: an example does not fit. Nothing is ever cut.
     """
+    shapes = spec(architecture, len(rows), length, targets_length, features, members)
     batch = {
         name: np.full(shape, pad_id if name.endswith("tokens") else 0, dtype)
-        for name, (shape, dtype) in spec(architecture, len(rows), length, targets_length).items()
+        for name, (shape, dtype) in shapes.items()
     }
-    place = {
+    place = _place_members if members > 1 else {
         "encoder": _place_in_encoder,
         "decoder": _place_in_decoder,
         "encoder_decoder": _place_in_both,
@@ -126,6 +142,20 @@ class _DoesNotFit(Exception):
     pass
 
 
+def _place_members(row, at, segment, example, ramp, bos_id, across):
+    if not isinstance(example, Members) or "encoder_input_tokens" not in row:
+        raise _DoesNotFit("only an encoder is trained on Members, and on nothing else with them")
+    ends = [
+        _place_in_encoder(
+            {name: array[m] for name, array in row.items()},
+            at, segment, member, ramp, bos_id, across,
+        )
+        for m, member in enumerate(example.members)
+    ]  # fmt: skip
+    starts, segments = zip(*ends, strict=True)
+    return max(starts), max(segments)
+
+
 def _place_in_encoder(row, at, segment, example, ramp, bos_id, across):
     if not isinstance(example, Aligned):
         raise _DoesNotFit("an encoder is trained on Aligned examples only")
@@ -136,6 +166,7 @@ def _place_in_encoder(row, at, segment, example, ramp, bos_id, across):
     row["encoder_loss_weights"][slots] = example.weights
     row["encoder_segment_ids"][slots] = _segments(segment, documents)
     row["encoder_positions"][slots] = _positions(example, ramp)
+    _place_features(row, "encoder", slots, example)
     return (slots.stop, 0), segment + _count(documents)
 
 
@@ -149,6 +180,7 @@ def _place_in_decoder(row, at, segment, example, ramp, bos_id, across):
         row["decoder_segment_ids"][slots] = _segments(segment, documents)
         row["decoder_positions"][slots] = _positions(example, ramp)
         row["decoder_causal_attention"][slots] = 1
+        _place_features(row, "decoder", slots, example)
         return (slots.stop, 0), segment + _count(documents)
     split, size = len(example.inputs), len(example.inputs) + len(example.targets)
     slots = _claim(row["decoder_segment_ids"], at[0], size, "inputs and targets")
@@ -161,6 +193,7 @@ def _place_in_decoder(row, at, segment, example, ramp, bos_id, across):
     if split and example.bidirectional_inputs:
         # The inputs stand one slot late, behind BOS: the block is BOS and all `split` of them.
         row["decoder_causal_attention"][slots][: split + 1] = 1
+    _place_features(row, "decoder", slice(slots.start + split, slots.stop), example)
     _shift(row, slots, bos_id, documents)
     return (slots.stop, 0), segment + _count(documents)
 
@@ -179,9 +212,17 @@ def _place_in_both(row, at, segment, example, ramp, bos_id, across):
     row["decoder_loss_weights"][targets] = 1
     row["decoder_segment_ids"][targets] = _segments(segment, out_documents)
     row["decoder_positions"][targets] = ramp[: len(example.targets)]
+    _place_features(row, "decoder", targets, example)
     _shift(row, targets, bos_id, out_documents)
     used = max(_count(in_documents), _count(out_documents))
     return (inputs.stop, targets.stop), segment + used
+
+
+def _place_features(row, stack: str, slots: slice, example: Aligned | Seq2Seq) -> None:
+    """Further features; one that the batch does not have is left out."""
+    for name, values in example.features.items():
+        if (feature := f"{stack}_{name}") in row:
+            row[feature][slots] = values
 
 
 def _claim(segment_ids: np.ndarray, start: int, size: int, what: str) -> slice:

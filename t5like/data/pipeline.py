@@ -62,6 +62,7 @@ class Pipeline:
     cache_dir: Any = None
 
     def __post_init__(self):
+        _ = self._members
         names = [c.name for c in self.components]
         if len(set(names)) < len(names):
             raise UserError(f"two data components have one name: {', '.join(names)}; rename one")
@@ -167,11 +168,34 @@ class Pipeline:
             bos_id=self.vocabulary.bos_id,
             pad_id=self.vocabulary.pad_id,
             attend_across_documents=self.attend_across_documents,
+            features=self._features,
+            members=self._members,
         )
 
-    def spec(self) -> dict[str, tuple[tuple[int, int], np.dtype]]:
+    def spec(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """{feature: (shape, dtype)} of a global batch."""
-        return layout.spec(self.architecture, self.batch_size, self.length, self.targets_length)
+        return layout.spec(
+            self.architecture, self.batch_size, self.length, self.targets_length,
+            self._features, self._members,
+        )  # fmt: skip
+
+    @functools.cached_property
+    def _features(self) -> tuple[str, ...]:
+        """Further features that any of the objectives asks for."""
+        asked = (getattr(c.objective, "features", ()) for c in self.components)
+        return tuple(dict.fromkeys(itertools.chain.from_iterable(asked)))
+
+    @functools.cached_property
+    def _members(self) -> int:
+        """Members of an example, of one number in all components."""
+        numbers = {getattr(c.objective, "members", 1) for c in self.components}
+        if len(numbers) > 1:
+            names = ", ".join(c.name for c in self.components)
+            raise UserError(
+                f"{names} cannot share batches: their examples have {sorted(numbers)} members; "
+                "mix them per batch, with @Mixture()"
+            )
+        return numbers.pop()
 
     def examples(self, start: int = 0) -> Iterator[Drawn]:
         """The endless stream of examples, from number `start`."""
@@ -247,5 +271,8 @@ class Pipeline:
         """Identifies all that the packing plan depends on."""
         parts = [_VERSION, self.seed, self.architecture, self.length, self.targets_length]
         parts += [self.shuffle, self._group_size, self.vocabulary.fingerprint()]
-        parts += [(c.name, c.corpus.fingerprint, c.objective, c.rate) for c in self.components]
+        parts += [
+            (c.name, c.order_name, c.corpus.fingerprint, c.objective, c.rate)
+            for c in self.components
+        ]
         return hashlib.blake2b(repr(parts).encode(), digest_size=12).hexdigest()

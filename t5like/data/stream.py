@@ -27,12 +27,20 @@ class Component:
       corpus: see t5like/data/units.py for what is asked of it.
       objective: a bound objective; see objectives/base.py (`unit`, `bounds`, `corrupt`).
       rate: how often, relative to the other components, an example is drawn from here.
+      order: names the order in which units are read; None: `name`. Phases of a run share one, so
+        that a later phase goes on where the earlier one stopped.
     """
 
     name: str
     corpus: Any
     objective: Any
     rate: float = 1.0
+    order: str | None = None
+
+    @property
+    def order_name(self) -> str:
+        """`order`, resolved."""
+        return self.name if self.order is None else self.order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +109,7 @@ class ExampleStream:
         epochs, units = np.divmod(k, count)
         if self._shuffle:
             for epoch in np.unique(epochs).tolist():
-                name = f"units/{self.components[component].name}/{epoch}"
+                name = f"units/{self.components[component].order_name}/{epoch}"
                 now = epochs == epoch
                 units[now] = permute(units[now], count, stream_key(self._seed, name))
         return units

@@ -13,6 +13,7 @@ from t5like.errors import UserError
 from t5like.models.config import ModelConfig
 from t5like.models.layers import ACTIVATIONS, Dense, Embed, Norm, dot, kernel_init
 from t5like.models.stack import Context, Stack
+from t5like.models.visibility import cross_mask, segments, self_mask
 
 Batch = Mapping[str, jax.Array]
 
@@ -25,7 +26,8 @@ class Transformer(nn.Module):
     where there is a decoder, and `decoder_causal_attention` (1 at slots of a prefix that see
     each other both ways). Segment id 0 is padding. Absent segment ids mean one example a row and
     no padding; absent positions, 0..L-1; absent flags, causal. `encoder_token_types` and
-    `decoder_token_types` are read where the config has token types, type 0 when absent.
+    `decoder_token_types` are read where the config has token types, type 0 when absent. What each
+    slot sees is in t5like/models/visibility.py.
 
     Parameters are a plain tree, initialised by `init_parameters`; t5like/models/axes.py names
     their axes.
@@ -119,23 +121,25 @@ class Transformer(nn.Module):
         mask = masks.Causal(q_positions=positions)
         if prefix_lengths is not None:
             mask |= masks.Prefix(prefix_lengths, q_positions=positions)
-        cross_mask = _segments(None, encoder_segment_ids)
-        context = Context(mask, slots=positions, encoded=encoded, cross_mask=cross_mask)
+        context = Context(
+            mask,
+            slots=positions,
+            encoded=encoded,
+            cross_mask=segments(None, encoder_segment_ids),
+        )
         hidden = self.decoder(self.token_embedder(tokens), positions, context)[-1]
         return self.logits(hidden)
 
     def _encode(self, batch: Batch, train: bool, keep_states: bool) -> tuple[jax.Array, ...]:
-        ids = batch.get("encoder_segment_ids")
-        return self._run("encoder", batch, Context(_segments(ids, ids)), train, keep_states)
+        context = Context(self_mask(batch, "encoder"))
+        return self._run("encoder", batch, context, train, keep_states)
 
     def _decode(self, batch: Batch, train: bool, keep_states: bool) -> tuple[jax.Array, ...]:
-        ids, flags = batch.get("decoder_segment_ids"), batch.get("decoder_causal_attention")
-        visible = masks.Causal() if flags is None else masks.Causal() | masks.Prefix(flags)
-        context = Context(visible if ids is None else visible & _segments(ids, ids))
+        context = Context(self_mask(batch, "decoder"))
         if self.config.architecture == "encoder_decoder":
             context = context.replace(
                 encoded=self._encode(batch, train, False)[-1],
-                cross_mask=_segments(ids, batch.get("encoder_segment_ids")),
+                cross_mask=cross_mask(batch),
             )
         return self._run("decoder", batch, context, train, keep_states)
 
@@ -186,12 +190,3 @@ def init_parameters(config: ModelConfig, rng: jax.Array) -> dict:
     tokens = jnp.zeros((1, 1), jnp.int32)
     batch = {f"{stack}_input_tokens": tokens for stack in config.stacks}
     return Transformer(config).init(rng, batch)["params"]
-
-
-def _segments(q_ids: jax.Array | None, kv_ids: jax.Array | None) -> masks.Mask:
-    """Own segment alone; without query ids all but padding; without both everything."""
-    if kv_ids is None:
-        return masks.Full()
-    if q_ids is None:
-        return masks.Dense(kv_ids[:, None, :] != 0)
-    return masks.Segments(q_ids, kv_ids)
