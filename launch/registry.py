@@ -27,6 +27,11 @@ ROOMS = (
     "t5like.training.optimizers",
     "t5like.training.schedules",
 )
+# What a command line builds: name -> where its class is.
+ROOTS = {
+    "train": "launch.run_config.RunConfig",
+    "compare": "launch.comparison.config.CompareConfig",
+}
 # What the program fills in, never a gin page.
 INTERNAL_FIELDS = {"setting"}
 INTERNAL_CLASSES = {"Setting"}
@@ -115,8 +120,8 @@ def _checked_value(name: str, hint: object, value: object) -> object:
 @functools.cache
 def register_all() -> None:
     """Registers every configurable once; a second call does nothing."""
-    from launch.run_config import RunConfig
-
     for name, cls in configurable_classes().items():
         register(cls, name)
-    register(RunConfig, "train")
+    for name, place in ROOTS.items():
+        module, _, cls = place.rpartition(".")
+        register(getattr(importlib.import_module(module), cls), name)
