@@ -1,4 +1,4 @@
-"""From a RunConfig to the parts of a run: vocabulary, corpora, model, objective, batches, loss.
+"""From a RunConfig to the host half of a run: vocabulary, corpora, model, objective, batches.
 
 Every command line assembles here, so that training, evaluation, generation and
 `show_examples` see the same thing.
@@ -7,11 +7,9 @@ Every command line assembles here, so that training, evaluation, generation and
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from etils import epath
 
 from launch.run_config import RunConfig
@@ -31,31 +29,21 @@ class Data:
       corpora: name -> (corpus, rate); the only name of a run of one source is "".
       model: the ModelConfig with its vocab_size filled in.
       objective: bound.
-      pipeline: training batches, a function of (seed, step).
+      tracks: track -> bound objective, see Objective.tracks.
+      pipelines: track -> its training batches, a function of (seed, the track's step).
     """
 
     vocabulary: Any
     corpora: Mapping[str, tuple[Corpus, float]]
     model: ModelConfig
     objective: Objective
-    pipeline: Pipeline
+    tracks: Mapping[str, Objective]
+    pipelines: Mapping[str, Pipeline]
 
-
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """The device half of a run.
-
-    Attributes:
-      module: the flax module that holds the backbone and the objective's heads.
-      init: key -> parameters.
-      loss: (params, frozen, batch, rng, train) -> {name: Term}.
-      flops_per_step: model FLOPs of one training step, forward and backward.
-    """
-
-    module: Any
-    init: Callable
-    loss: Callable
-    flops_per_step: float
+    @property
+    def pipeline(self) -> Pipeline:
+        """Training batches of the first track."""
+        return next(iter(self.pipelines.values()))
 
 
 def cache_directory(config: RunConfig, workdir: str | None) -> epath.Path:
@@ -77,7 +65,9 @@ def open_corpus(source, vocabulary, cache: epath.Path, *, progress: bool = True)
     return build_corpus(source, vocabulary, directory, progress=progress)
 
 
-def bind(config: RunConfig, vocabulary, corpus: Corpus | None) -> Objective:
+def bind(
+    config: RunConfig, vocabulary, corpus: Corpus | None, cache: epath.Path | None = None
+) -> Objective:
     """The run's objective, bound to its vocabulary and lengths."""
     return config.objective.bind(
         Setting(
@@ -86,6 +76,7 @@ def bind(config: RunConfig, vocabulary, corpus: Corpus | None) -> Objective:
             length=config.length,
             targets_length=config.targets_length,
             corpus=corpus,
+            cache_dir=cache,
         )
     )
 
@@ -126,14 +117,23 @@ def make_pipeline(
     *,
     seed: int | None = None,
     shuffle: bool | None = None,
+    track: str | None = None,
+    order: str | None = None,
 ) -> Pipeline:
-    """Batches of every component of the objective over every corpus."""
+    """Batches of every component of one track's objective over every corpus.
+
+    Args:
+      seed, shuffle: in place of the configuration's.
+      track: names the components' streams of randomness, where a run has several tracks.
+      order: see Component.order.
+    """
     components = [
         Component(
-            name="/".join(part for part in (corpus_name, name) if part),
+            name=_joined(corpus_name, None if track == name else track, name),
             corpus=corpus,
             objective=part_objective,
             rate=corpus_rate * rate,
+            order=order and _joined(corpus_name, order),
         )
         for corpus_name, (corpus, corpus_rate) in corpora.items()
         for name, (part_objective, rate) in objective.components().items()
@@ -153,6 +153,10 @@ def make_pipeline(
     )
 
 
+def _joined(*names: str | None) -> str:
+    return "/".join(filter(None, names))
+
+
 def assemble_data(config: RunConfig, workdir: str | None, *, progress: bool = True) -> Data:
     """Vocabulary, corpora, bound objective and training batches of a run."""
     cache = cache_directory(config, workdir)
@@ -164,36 +168,34 @@ def assemble_data(config: RunConfig, workdir: str | None, *, progress: bool = Tr
         name: (open_corpus(source, vocabulary, cache, progress=progress), rate)
         for name, (source, rate) in config.sources().items()
     }
-    objective = bind(config, vocabulary, next(iter(corpora.values()))[0])
-    pipeline = make_pipeline(config, vocabulary, objective, corpora, cache)
-    return Data(vocabulary, corpora, model, objective, pipeline)
+    objective = bind(config, vocabulary, next(iter(corpora.values()))[0], cache)
+    tracks, orders = objective.tracks(), objective.reading_orders()
+    pipelines = {
+        name: make_pipeline(
+            config, vocabulary, track, corpora, cache,
+            track=name if len(tracks) > 1 else None,
+            order=orders.get(name),
+        )
+        for name, track in tracks.items()
+    }  # fmt: skip
+    return Data(vocabulary, corpora, model, objective, tracks, pipelines)
 
 
-def assemble_eval(config: RunConfig, data: Data, name: str, workdir: str | None) -> Pipeline:
-    """The held-out batches of one eval, in the corpus's own order and under a fixed seed."""
+def assemble_evals(
+    config: RunConfig, data: Data, workdir: str | None
+) -> dict[str, tuple[str, Pipeline]]:
+    """Split -> (track, its held-out batches): one split an eval and track.
+
+    Splits are called as the evals, "EVAL/TRACK" where the run has several tracks. Batches come in
+    the corpus's own order and under a fixed seed.
+    """
     cache = cache_directory(config, workdir)
-    corpus = open_corpus(config.evals[name], data.vocabulary, cache)
-    objective = data.objective.evaluation()
-    return make_pipeline(
-        config, data.vocabulary, objective, {"": (corpus, 1.0)}, cache, seed=0, shuffle=False
-    )
-
-
-def assemble_network(objective: Objective, model: ModelConfig, pipeline: Pipeline) -> Network:
-    """Initialiser, loss and FLOPs of the objective's network for the pipeline's batches."""
-    import jax
-    from flax import linen as nn
-
-    module = objective.network(model)
-    spec = pipeline.spec()
-    one_row = {name: np.zeros((1, *shape[1:]), dtype) for name, (shape, dtype) in spec.items()}
-
-    def init(key):
-        return nn.unbox(module.init({"params": key}, one_row))["params"]
-
-    return Network(
-        module=module,
-        init=jax.jit(init),
-        loss=functools.partial(objective.losses, module.apply),
-        flops_per_step=objective.train_flops(model, spec),
-    )
+    splits = {}
+    for name, source in (config.evals or {}).items():
+        corpus = open_corpus(source, data.vocabulary, cache)
+        for track, objective in data.tracks.items():
+            splits[name if len(data.tracks) == 1 else f"{name}/{track}"] = track, make_pipeline(
+                config, data.vocabulary, objective.evaluation(), {"": (corpus, 1.0)}, cache,
+                seed=0, shuffle=False,
+            )  # fmt: skip
+    return splits

@@ -14,13 +14,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from launch.assemble import Data, Network
+from launch.assemble import Data
+from launch.networks import Network
 from t5like.data.atomic import writing
 from t5like.data.examples import Seq2Seq
 from t5like.data.pipeline import Pipeline
 from t5like.evaluation.input_use import InputUse, measure_input_use
 from t5like.inference.generate import Decoding, Generator
-from t5like.inference.infill import parse_spans
+from t5like.inference.infill_formats import parse_spans
 
 _INFILLS = 3
 # Examples among which infills are looked for: those of some objectives have no sentinels.

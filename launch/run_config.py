@@ -50,7 +50,8 @@ class RunConfig:
       quality: whether an encoder-decoder's run ends with the check that it uses its inputs.
       checkpoint_every_steps, checkpoint_every_minutes: whichever comes first; None: never.
       keep: newest checkpoints kept.
-      keep_best: name of the eval whose best checkpoint is kept too.
+      keep_best: name of the eval whose best checkpoint is kept too; "EVAL/TRACK" where the
+        objective has several tracks (phases, or a mixture by batch).
       init_from: a workdir or checkpoint whose parameters to start from.
       init_prefixes: parameter names (by prefix) to take from it; None: all, strictly.
       init_reset: start step and optimiser afresh (else they are taken over too).
@@ -110,7 +111,8 @@ class RunConfig:
             )
         if self.steps is self.tokens is self.flops is None:
             raise UserError("no budget: set train.steps, train.tokens or train.flops")
-        if self.keep_best is not None and self.keep_best not in (self.evals or {}):
+        # "EVAL/TRACK" is checked when the tracks are known.
+        if self.keep_best is not None and self.keep_best.split("/")[0] not in (self.evals or {}):
             raise UserError(
                 f"train.keep_best={self.keep_best!r} is no eval; train.evals has "
                 f"{sorted(self.evals or {})}"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from launch import assemble, config as config_lib
 from launch.run_config import RunConfig
 from objectives.base import Objective
 from t5like.errors import UserError
+from t5like.inference.infill_formats import InfillFormat
 from t5like.models.config import ModelConfig
 from t5like.models.transformer import init_parameters
 from t5like.training import init_from, manifest
@@ -36,13 +38,33 @@ class LoadedRun:
     params: Any
     step: int
 
+    @functools.cached_property
+    def bound(self) -> tuple[Objective, ...]:
+        """What the run was trained with, bound but without a corpus: tracks, then components."""
+        tracks = assemble.bind(self.config, self.vocabulary, None).tracks().values()
+        parts = [part for track in tracks for part, _ in track.components().values()]
+        return (*tracks, *parts)
+
     @property
     def bidirectional_inputs(self) -> bool:
         """Whether a decoder was trained with inputs that see each other in both directions."""
-        return any(
-            getattr(part, "bidirectional_inputs", False)
-            for part, _ in self.config.objective.components().values()
-        )
+        return any(part.reads_both_ways for part in self.bound)
+
+    def infilling(self) -> InfillFormat:
+        """How the run is asked to fill blanks: as the first of its objectives that teaches it.
+
+        Raises:
+          UserError: none does.
+        """
+        formats = (part.infilling() for part in self.bound)
+        found = next((form for form in formats if form is not None), None)
+        if found is None:
+            raise UserError(
+                f"this run's train.objective, {type(self.objective).__name__}, does not teach a "
+                "model to fill blanks; SpanCorruption, UL2, CodeGen2 and FIM do: leave --infill "
+                "out to have prompts continued, or train with one of those"
+            )
+        return found
 
     @property
     def objective(self) -> Objective:
@@ -76,13 +98,18 @@ def load_run(
             "train.vocabulary to that one, or put its file back"
         )
     model = assemble.sized(config.model, vocabulary)
-    params = _read_backbone(path, model)
+    params = _read_backbone(path, model, info["arrays"])
     return LoadedRun(config, vocabulary, model, params, int(info["step"]))
 
 
-def _read_backbone(path: epath.Path, model: ModelConfig) -> Any:
-    """The parameters at `model/`, on this process's first device; heads are left out."""
+def _read_backbone(path: epath.Path, model: ModelConfig, arrays: Collection[str]) -> Any:
+    """The parameters at `model/`, on this process's first device; heads are left out.
+
+    So is the output layer where the run had none (replaced token detection predicts no token).
+    """
     shapes = jax.eval_shape(lambda: init_parameters(model, jax.random.key(0)))
+    if not any(name.startswith("params/model/head/") for name in arrays):
+        shapes.pop("head", None)
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     template = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes

@@ -5,21 +5,25 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 from etils import epath
 
 from launch import assemble, cli, config as config_lib
+from launch.networks import Network, assemble_frozen, assemble_networks, union_of
 from launch.run_config import FREE, RunConfig
 from t5like.data.loader import load
 from t5like.data.pipeline import Pipeline
+from t5like.data.plans import PlannedBatches
 from t5like.errors import UserError
 from t5like.training import identity, init_from, manifest
 from t5like.training.budget import Budget
 from t5like.training.checkpoints import steps_in
+from t5like.training.evaluation import HeldOut
 from t5like.training.loop import FitResult, fit
 from t5like.training.signals import Preempted
+from t5like.training.tracks import Track, spent
 
 # The run stopped in a way that a restart cures, and how XLA's errors say so.
 RESTART = 75
@@ -29,46 +33,8 @@ LOST = ("UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED", "CANCELLED")
 def train(gin_files: Sequence[str], bindings: Sequence[str], workdir: str) -> int:
     """Runs or resumes the configured training in `workdir`; returns the exit status."""
     resolved = config_lib.load(gin_files, bindings)
-    run: RunConfig = resolved.run
-    same = run_identity(resolved)
-    check_workdir(workdir, same)
-    data = assemble.assemble_data(run, workdir)
-    network = assemble.assemble_network(data.objective, data.model, data.pipeline)
-    evals = {
-        name: assemble.assemble_eval(run, data, name, workdir) for name in run.evals or {}
-    }
-    tokens_per_step = slots(data.pipeline)
-    budget = Budget(run.steps, run.tokens, run.flops)
-    write_config(workdir, resolved.text())
     try:
-        result = fit(
-            init_fn=network.init,
-            loss_fn=network.loss,
-            optimizer=run.optimizer,
-            total_steps=budget.total_steps(tokens_per_step, network.flops_per_step),
-            batches=lambda step: load(data.pipeline, step, workers=run.workers),
-            seed=run.seed,
-            workdir=workdir,
-            tokens_per_step=tokens_per_step,
-            flops_per_step=network.flops_per_step,
-            config_text=resolved.text(),
-            identity=same,
-            vocabulary_fingerprint=data.vocabulary.fingerprint(),
-            data_fingerprint=" ".join(corpus.fingerprint for corpus, _ in data.corpora.values()),
-            evals={
-                name: functools.partial(pipeline.one_pass, run.eval_batches)
-                for name, pipeline in evals.items()
-            },
-            log_every=run.log_every,
-            eval_every=run.eval_every,
-            checkpoint_every_steps=run.checkpoint_every_steps,
-            checkpoint_every_minutes=run.checkpoint_every_minutes,
-            keep=run.keep,
-            keep_best=f"{run.keep_best}/loss" if run.keep_best else None,
-            accumulate=run.accumulate,
-            init_from=starting_point(run),
-            hash_fn=data.pipeline.hash if run.batch_hashes else None,
-        )
+        result = train_resolved(resolved, workdir)
     except Preempted as stopped:
         cli.complain(stopped)
         return stopped.exit_status
@@ -77,13 +43,89 @@ def train(gin_files: Sequence[str], bindings: Sequence[str], workdir: str) -> in
             raise
         cli.complain(UserError(f"a device or host was lost ({error}): run the command again"))
         return RESTART
-    if run.quality and evals:
-        from launch import quality
-
-        pipeline = next(iter(evals.values()))
-        quality.report(data, network, pipeline, result.state.params, workdir, run.eval_batches)
     tell_next(result, workdir)
     return 0
+
+
+def train_resolved(resolved: config_lib.Resolved, workdir: str) -> FitResult:
+    """Runs or resumes a training in `workdir`; see `fit` for what is returned and raised."""
+    run: RunConfig = resolved.run
+    same = run_identity(resolved)
+    check_workdir(workdir, same)
+    data = assemble.assemble_data(run, workdir)
+    networks = assemble_networks(data)
+    evals = assemble.assemble_evals(run, data, workdir)
+    check_keep_best(run, evals)
+    tracks = {name: make_track(data, networks, name) for name in networks}
+    plan = functools.partial(data.objective.plan, seed=run.seed)
+    total_steps = Budget(run.steps, run.tokens, run.flops).total_steps(
+        lambda steps: spent(tracks, plan(steps).counts(steps))
+    )
+    batches = PlannedBatches(data.pipelines, plan(total_steps))
+    write_config(workdir, resolved.text())
+    result = fit(
+        init_fn=union_of(networks),
+        tracks=tracks,
+        plan=plan,
+        optimizer=run.optimizer,
+        total_steps=total_steps,
+        batches=lambda step: load(batches, step, workers=run.workers),
+        seed=run.seed,
+        workdir=workdir,
+        config_text=resolved.text(),
+        identity=same,
+        vocabulary_fingerprint=data.vocabulary.fingerprint(),
+        data_fingerprint=" ".join(corpus.fingerprint for corpus, _ in data.corpora.values()),
+        evals={
+            split: HeldOut(name, functools.partial(pipeline.one_pass, run.eval_batches))
+            for split, (name, pipeline) in evals.items()
+        },
+        log_every=run.log_every,
+        eval_every=run.eval_every,
+        checkpoint_every_steps=run.checkpoint_every_steps,
+        checkpoint_every_minutes=run.checkpoint_every_minutes,
+        keep=run.keep,
+        keep_best=f"{run.keep_best}/loss" if run.keep_best else None,
+        accumulate=run.accumulate,
+        init_from=starting_point(run),
+        frozen=assemble_frozen(data),
+        hash_fn=Pipeline.hash if run.batch_hashes else None,
+    )
+    active = plan(total_steps).active(total_steps)
+    measured = [(name, pipeline) for name, pipeline in evals.values() if name in active]
+    if run.quality and measured:
+        from launch import quality
+
+        name, pipeline = measured[0]
+        params, limit = result.state.params, run.eval_batches
+        quality.report(data, networks[name], pipeline, params, workdir, limit)
+    return result
+
+
+def make_track(data: assemble.Data, networks: Mapping[str, Network], name: str) -> Track:
+    """What `fit` needs to know of a track."""
+    network, several = networks[name], len(networks) > 1
+
+    def loss(params, frozen, *arguments):
+        if several and frozen is not None:
+            frozen = frozen.get(name)
+        return network.loss(params, frozen, *arguments)
+
+    return Track(
+        loss_fn=loss,
+        tokens_per_step=slots(data.pipelines[name]),
+        flops_per_step=network.flops_per_step,
+        declares=jax.eval_shape(network.init, jax.random.key(0)) if several else None,
+    )
+
+
+def check_keep_best(run: RunConfig, splits: Iterable[str]) -> None:
+    """Raises UserError if train.keep_best is none of the splits that evaluations have."""
+    if run.keep_best is not None and run.keep_best not in splits:
+        raise UserError(
+            f"train.keep_best={run.keep_best!r} is no eval of this run, which has several tracks; "
+            f"it has {', '.join(splits)}"
+        )
 
 
 def run_identity(resolved: config_lib.Resolved) -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from t5like.data.examples import Example, Lengths, Record, Unit
+from t5like.data.plans import Always, Plan
 from t5like.errors import UserError
 
 
@@ -62,6 +63,22 @@ class Objective:
     def components(self) -> Mapping[str, tuple[Objective, float]]:
         """Name -> (bound objective, rate), for mixtures drawn per example; itself by default."""
         return {type(self).__name__: (self, 1.0)}
+
+    def tracks(self) -> Mapping[str, Objective]:
+        """Track name -> bound objective: what has a network, a loss and batches of its own.
+
+        Itself alone, but for the objectives that are made of others (mixture.py, phases.py).
+        """
+        return {type(self).__name__: self}
+
+    def plan(self, total_steps: int, seed: int) -> Plan:
+        """Which of `tracks` each step of a run of total_steps trains, and with which batch."""
+        del total_steps, seed
+        return Always(type(self).__name__)
+
+    def reading_orders(self) -> Mapping[str, str]:
+        """Track -> a name; tracks of one name read their corpus in one order (Component.order)."""
+        return {}
 
     def evaluation(self) -> Objective:
         """What held-out data is measured with: itself, unless evaluation fixes a setting."""

@@ -47,3 +47,6 @@ class CausalLM(NextToken):
             targets=targets,
             target_documents=several_documents(record),
         )
+
+    def continuation(self, prefix: np.ndarray, rest: np.ndarray) -> Seq2Seq:
+        return Seq2Seq(prefix, append(rest, self._eos), bidirectional_inputs=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -94,6 +95,14 @@ def check_range(objective: Objective, field: str, least: float, most: float) -> 
         )
 
 
+def usual_predictions(most_targets: int) -> int:
+    """Positions of a row to compute logits for, where one example has at most so many targets.
+
+    A packed row of short texts has more targets than a full one: a tenth for those.
+    """
+    return 8 * math.ceil(1.1 * most_targets / 8)
+
+
 # --- small arrays ----------------------------------------------------------------------------
 
 
@@ -110,6 +119,21 @@ def append_last(documents: np.ndarray | None) -> np.ndarray | None:
     if documents is None:
         return None
     return append(documents, documents[-1] if len(documents) else 0)
+
+
+def prepend(values: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """values [n] with first [m] before them, [m + n], of the values' dtype."""
+    longer = np.empty(len(first) + len(values), values.dtype)
+    longer[: len(first)] = first
+    longer[len(first) :] = values
+    return longer
+
+
+def prepend_first(documents: np.ndarray | None, count: int) -> np.ndarray | None:
+    """Document ids [n] with the first one repeated `count` times, [count + n]; None stays None."""
+    if documents is None:
+        return None
+    return prepend(documents, np.repeat(documents[:1] if len(documents) else 0, count))
 
 
 def several_documents(record: Record) -> np.ndarray | None:

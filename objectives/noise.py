@@ -154,16 +154,28 @@ def iid_noise_mask(length: int, density: float, rng: np.random.Generator) -> np.
     return rng.random(length) < density
 
 
-def random_prefix_length(length: int, density: float, rng: np.random.Generator) -> int:
-    """T5's random_prefix_noise_mask: how many of `length` tokens are the prefix.
+def prefix_range(length: int, density: float) -> tuple[int, int]:
+    """Least and most tokens of a prefix of `length` tokens, of T5's random_prefix_noise_mask.
 
-    Uniform over [max(1, round((1 - 2 density) (length - 1))), length - 1], so that the expected
-    suffix is about `density` of the tokens; 0 where there are fewer than two tokens.
+    [max(1, round((1 - 2 density) (length - 1))), length - 1]: a uniform draw leaves a suffix of
+    about `density` of the tokens. T5 ends at density 0.5; beyond it the mean is kept by lowering
+    the most, to round((2 - 2 density) (length - 1)). (0, 0) for fewer than two tokens.
     """
-    most = length - 1
-    if most < 1:
+    longest = length - 1
+    if longest < 1:
+        return 0, 0
+
+    def within(share: float) -> int:
+        return min(longest, max(1, round(share * longest)))
+
+    return within(1 - 2 * density), within(2 - 2 * density)
+
+
+def random_prefix_length(length: int, density: float, rng: np.random.Generator) -> int:
+    """How many of `length` tokens are the prefix: uniform over `prefix_range`."""
+    least, most = prefix_range(length, density)
+    if most == 0:
         return 0
-    least = min(most, max(1, round((1 - 2 * density) * most)))
     return int(rng.integers(least, most, endpoint=True))
 
 

@@ -9,7 +9,15 @@ import numpy as np
 
 from objectives import noise
 from objectives.base import Setting
-from objectives.next_token import NextToken, append, append_last, check_range, several_documents
+from objectives.next_token import (
+    NextToken,
+    append,
+    append_last,
+    check_range,
+    prepend,
+    prepend_first,
+    several_documents,
+)
 from t5like.data.examples import Document, Lengths, Record, Seq2Seq, Unit, Window
 from t5like.errors import UserError
 
@@ -18,9 +26,9 @@ from t5like.errors import UserError
 class PrefixLM(NextToken):
     """Predicts the rest of a text from its beginning, which is seen in both directions.
 
-    Raffel et al. 2020, section 3.2.1 (attention) and 3.3.1 (objective). The prefix of n tokens
-    is uniform over [max(1, round((1 - 2 noise_density) (n - 1))), n - 1]: see
-    `noise.random_prefix_length`.
+    Raffel et al. 2020, section 3.2.1 (attention) and 3.3.1 (objective). The prefix is uniform
+    over `noise.prefix_range`: of n tokens, 1 to n - 1 at noise_density 0.5, half of them or more
+    at 0.25.
 
     - encoder_decoder: T5's `prefix_lm`: raw pieces of `length - 1`, EOS on both sides. T5 cuts
       documents one by one: set cut="document" for that.
@@ -31,13 +39,16 @@ class PrefixLM(NextToken):
     there: train.pack fills rows.
 
     Otherwise than T5: targets are never trimmed to fit (`append_eos_after_trim` eats the tail);
-    a targets_length that is too short is an error. A text of one token has an empty prefix.
+    a targets_length that is too short is an error. A text of one token has an empty prefix. A
+    noise_density above 0.5, which T5 refuses, keeps its meaning: shorter prefixes.
 
     Attributes:
-      noise_density: expected share of the suffix, at most 0.5 (as in T5).
+      noise_density: expected share of the suffix.
       loss_on_inputs: on a decoder, whether the prefix is predicted too. It then sees each token
         that it is asked for, unless bidirectional_inputs is off.
       bidirectional_inputs: on a decoder, whether the prefix sees itself in both directions.
+      sentinel: whether a sentinel ends the prefix and begins the rest, as if the rest were the
+        one noise span of span corruption.
     """
 
     architectures = ("encoder_decoder", "decoder")
@@ -45,21 +56,28 @@ class PrefixLM(NextToken):
     noise_density: float = 0.5
     loss_on_inputs: bool = False
     bidirectional_inputs: bool = True
+    sentinel: bool = False
 
     def __post_init__(self):
         super().__post_init__()
-        check_range(self, "noise_density", 0.0, 0.5)
+        check_range(self, "noise_density", 0.0, 0.999)
 
     def bind(self, setting: Setting) -> Self:
         bound = super().bind(setting)
-        if setting.length < 3:
-            raise UserError(f"train.length is {setting.length}; PrefixLM needs at least 3")
-        needed = bound._targets_needed
-        if bound._has_encoder and (setting.targets_length or needed) < needed:
+        if bound.raw_length < 2:
+            least = setting.length + 2 - bound.raw_length
+            raise UserError(f"train.length is {setting.length}; PrefixLM needs at least {least}")
+        if bound.sentinels_needed > len(setting.vocabulary.sentinels):
             raise UserError(
-                f"train.targets_length is {setting.targets_length}; PrefixLM with "
-                f"train.length={setting.length} and noise_density={self.noise_density} makes "
-                f"targets of up to {needed} tokens: set it to {needed} or to None"
+                "PrefixLM.sentinel is True, but the vocabulary has no sentinel: set its extra_ids "
+                "to at least 1"
+            )
+        given, needed = setting.targets_length, bound.targets_needed
+        if bound._has_encoder and given is not None and given < needed:
+            raise UserError(
+                f"train.targets_length is {given}; PrefixLM with train.length={setting.length} "
+                f"and noise_density={self.noise_density} makes targets of up to {needed} tokens: "
+                f"set it to {needed} or to None"
             )
         return bound
 
@@ -68,47 +86,79 @@ class PrefixLM(NextToken):
         return self.setting.architecture == "encoder_decoder"
 
     @property
-    def _raw_length(self) -> int:
-        ends = self._has_encoder or self.cut == "document"
-        return self.setting.length - ends
+    def raw_length(self) -> int:
+        """Tokens of a record that fills a row."""
+        if self._has_encoder:  # at most all but one are inputs: a sentinel has that one's place
+            return self.setting.length - 1
+        return self.setting.length - (self.cut == "document") - 2 * self.sentinel
 
     @property
-    def _targets_needed(self) -> int:
-        # A prefix of at least one token, or none of a text of one.
-        most = self._raw_length - 1
-        least = min(most, max(1, round((1 - 2 * self.noise_density) * most)))
-        return max(self._raw_length - least, 1) + 1
+    def targets_needed(self) -> int:
+        """Most tokens of the targets."""
+        least, _ = noise.prefix_range(self.raw_length, self.noise_density)
+        return self.raw_length - least + self.sentinel + 1
+
+    @property
+    def sentinels_needed(self) -> int:
+        """Most sentinels of an example."""
+        return int(self.sentinel)
+
+    @property
+    def reads_both_ways(self) -> bool:
+        return not self._has_encoder and self.bidirectional_inputs
 
     @property
     def unit(self) -> Unit:
         if self.cut == "document":
-            return Document(self._raw_length)
+            return Document(self.raw_length)
         separator = None if self._has_encoder else self._eos
-        return Window(self._raw_length, separator)
+        return Window(self.raw_length, separator)
 
     @property
     def lengths(self) -> Lengths:
         if not self._has_encoder:
             return Lengths(self.setting.length)
-        return Lengths(self.setting.length, self.setting.targets_length or self._targets_needed)
+        return Lengths(self.setting.length, self.setting.targets_length or self.targets_needed)
 
     def bounds(self, raw_length: int, rng: np.random.Generator) -> Lengths:
         prefix = noise.random_prefix_length(raw_length, self.noise_density, rng)
-        suffix = raw_length - prefix
+        inputs, suffix = prefix + self.sentinel, raw_length - prefix + self.sentinel
         if self._has_encoder:
-            return Lengths(prefix + 1, suffix + 1)
-        return Lengths(prefix, suffix + (self.cut == "document"))
+            return Lengths(inputs + 1, suffix + 1)
+        return Lengths(inputs, suffix + (self.cut == "document"))
 
     def corrupt(self, record: Record, rng: np.random.Generator) -> Seq2Seq:
         prefix = noise.random_prefix_length(len(record.tokens), self.noise_density, rng)
-        inputs, targets = record.tokens[:prefix], record.tokens[prefix:]
         documents = several_documents(record)
-        input_documents = target_documents = None
-        if documents is not None:
-            input_documents, target_documents = documents[:prefix], documents[prefix:]
+        ends = self._has_encoder or (self.cut == "document" and record.ends_document)
+        if documents is None:
+            return self._example(record.tokens[:prefix], record.tokens[prefix:], ends)
+        return self._example(
+            record.tokens[:prefix], record.tokens[prefix:], ends,
+            documents[:prefix], documents[prefix:],
+        )  # fmt: skip
+
+    def continuation(self, prefix: np.ndarray, rest: np.ndarray) -> Seq2Seq:
+        example = self._example(prefix, rest, ends=True)
+        return dataclasses.replace(example, loss_on_inputs=False)
+
+    def _example(
+        self,
+        inputs: np.ndarray,
+        targets: np.ndarray,
+        ends: bool,
+        input_documents: np.ndarray | None = None,
+        target_documents: np.ndarray | None = None,
+    ) -> Seq2Seq:
+        """Prefix and rest with what stands between and behind them."""
+        if self.sentinel:
+            first = self.setting.vocabulary.sentinels[:1]
+            inputs, input_documents = append(inputs, first[0]), append_last(input_documents)
+            targets = prepend(targets, first)
+            target_documents = prepend_first(target_documents, 1)
         if self._has_encoder:
             inputs, input_documents = append(inputs, self._eos), append_last(input_documents)
-        if self._has_encoder or (self.cut == "document" and record.ends_document):
+        if ends:
             targets, target_documents = append(targets, self._eos), append_last(target_documents)
         return Seq2Seq(
             inputs,

@@ -58,6 +58,9 @@ class _SeqioVocabulary:
     def named_id(self, *names: str) -> int | None:
         return None
 
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self.wrapped.encode(text), np.int32)
+
     def word_starts(self) -> np.ndarray:
         """bool [size], by SentencePiece's mark of a space."""
         tokenizer = getattr(self.wrapped, "tokenizer", None)
@@ -106,7 +109,13 @@ def objective_preprocessor(
             length=sequence_length[row],
             targets_length=sequence_length.get("targets") if both else None,
         )
-        bound = objective.bind(setting)
+        parts = list(objective.bind(setting).components().values())
+        if len(parts) > 1:
+            raise UserError(
+                f"{type(objective).__name__} draws each example from {len(parts)} parts, whose "
+                "records differ: make a seqio Task of each, and a Mixture of them"
+            )
+        bound, _ = parts[0]
         with_inputs = "inputs" in output_features
         return _corrupt(_records(dataset, feature, bound.unit), bound, with_inputs, seed)
 

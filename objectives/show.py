@@ -1,89 +1,81 @@
-"""Examples as people read them: the laid-out row as JSON, or as styled runs of text."""
+"""Examples as people read them: a laid-out row as JSON, or as labelled lines of styled text.
+
+An objective whose examples mean more than tokens and targets says so itself, in `readable(row,
+reader)`: it returns Lines made with the Reader and, where they fit, with `masked`, `generated`
+and `members` below. Everybody else is shown by the form of their examples.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from t5like.data.examples import Aligned, Example
-
-# (text, style name) in reading order; style names are the keys of STYLES.
-Runs = list[tuple[str, str]]
-
-# What each style marks, for a legend.
-STYLES = {
-    "given": "given",
-    "target": "predicted",
-    "sentinel": "stands for a span",
-    "special": "special token",
-    "mask": "hidden",
-    "random": "replaced at random",
-    "kept": "predicted though shown",
-    "quiet": "",
-}
+from objectives.show_reader import Lines, Reader, Runs, visible
+from t5like.data.examples import Aligned, Members, Seq2Seq
 
 
-def laid_out(example: Example, pipeline: Any) -> dict[str, np.ndarray]:
-    """The example alone in a row: {feature: [L]}, as the pipeline would lay it out."""
+def laid_out(example: Any, pipeline: Any) -> dict[str, np.ndarray]:
+    """The example alone in a row: {feature: [L]} ([M, L] of members), as in a batch."""
     return {name: array[0] for name, array in pipeline.lay_out([[example]]).items()}
 
 
+def reader_for(drawn: Any, vocabulary: Any) -> Reader:
+    """A Reader that knows the tokens which the example's objective named."""
+    return Reader(vocabulary, drawn.component.objective.named_tokens)
+
+
 def as_json(drawn: Any, row: Mapping[str, np.ndarray], vocabulary: Any) -> dict[str, Any]:
-    """{"index", "objective", "window", "features", "text"} of one t5like.data.pipeline.Drawn."""
-    texts = {
-        name: vocabulary.decode(tokens[_real(row, name)])
-        for name, tokens in row.items()
-        if name.endswith("_tokens")
-    }
+    """{"index", "objective", "window", "features", "text"} of one t5like.data.pipeline.Drawn.
+
+    A text is a string, of members a list of strings; tokens that the objective names (mode
+    tokens) read as their names.
+    """
+    reader = reader_for(drawn, vocabulary)
+    texts: dict[str, Any] = {"window": reader.text(drawn.record.tokens)}
+    for name in (name for name in row if name.endswith("_tokens")):
+        rows = members(row) if has_members(row) else [row]
+        read = [reader.text(one[name][real(one, name.partition("_")[0])]) for one in rows]
+        texts[name] = read if has_members(row) else read[0]
     return {
         "index": drawn.index,
         "objective": drawn.component.name,
         "window": drawn.record.tokens.tolist(),
         "features": {name: array.tolist() for name, array in row.items()},
-        "text": {"window": vocabulary.decode(drawn.record.tokens), **texts},
+        "text": texts,
     }
 
 
-def as_runs(drawn: Any, row: Mapping[str, np.ndarray], vocabulary: Any) -> list[tuple[str, Runs]]:
-    """Labelled lines of styled text: the window, then what the model sees and must say."""
-    reader = _Reader(vocabulary)
-    lines = [("window", reader.runs(drawn.record.tokens, lambda i: "quiet"))]
-    if isinstance(drawn.example, Aligned):
-        return lines + _aligned(row, reader)
-    if "encoder_input_tokens" in row:
-        inputs = row["encoder_input_tokens"][_real(row, "encoder_input_tokens")]
-        targets = row["decoder_target_tokens"][_real(row, "decoder_target_tokens")]
+def as_lines(drawn: Any, row: Mapping[str, np.ndarray], vocabulary: Any) -> Lines:
+    """The window, then what the model sees and must say."""
+    reader = reader_for(drawn, vocabulary)
+    own = drawn.component.objective.readable(row, reader)
+    shown = by_form(drawn.example, row, reader) if own is None else own
+    window = reader.runs(drawn.record.tokens, _window_style(drawn, reader))
+    if _plain(window) == "".join(_plain(runs) for _, runs in shown):
+        return shown  # the window itself, as a causal or a prefix language model has it
+    return [("window", window), *shown]
+
+
+def by_form(example: Any, row: Mapping[str, np.ndarray], reader: Reader) -> Lines:
+    """Lines of a laid-out example, by what kind of example it is."""
+    if isinstance(example, Members):
         return [
-            *lines,
-            ("encoder sees", reader.runs(inputs, lambda i: "given")),
-            ("decoder says", reader.runs(targets, lambda i: "target")),
+            (f"{m}. {label}", runs)
+            for m, one in enumerate(members(row), 1)
+            for label, runs in masked(one, reader)
         ]
-    return lines + _one_row(row, reader)
+    return masked(row, reader) if isinstance(example, Aligned) else generated(row, reader)
 
 
-def _one_row(row: Mapping[str, np.ndarray], reader: _Reader) -> list[tuple[str, Runs]]:
-    """A decoder's row: what is given, then what is predicted."""
-    real = _real(row, "decoder_target_tokens")
-    targets = row["decoder_target_tokens"][real]
-    asked = row["decoder_loss_weights"][real] > 0
-    both_ways = int(row["decoder_causal_attention"][real].sum())
-    split = int(asked.argmax()) if asked.any() else len(asked)
-    lines = []
-    if split:
-        attention = "seen both ways" if both_ways else "seen from the left"
-        lines.append((f"prefix ({attention})", reader.runs(targets[:split], lambda i: "given")))
-    return [*lines, ("decoder says", reader.runs(targets[split:], lambda i: "target"))]
-
-
-def _aligned(row: Mapping[str, np.ndarray], reader: _Reader) -> list[tuple[str, Runs]]:
-    """Masked language modelling: the text as seen, and the tokens asked for in their places."""
+def masked(row: Mapping[str, np.ndarray], reader: Reader) -> Lines:
+    """Of an Aligned example: the text as seen, and the tokens asked for in their places."""
     stack = "encoder" if "encoder_input_tokens" in row else "decoder"
-    real = _real(row, f"{stack}_input_tokens")
+    slots = real(row, stack)
     seen, wanted, weights = (
-        row[f"{stack}_{name}"][real] for name in ("input_tokens", "target_tokens", "loss_weights")
+        row[f"{stack}_{name}"][slots] for name in ("input_tokens", "target_tokens", "loss_weights")
     )
 
     def style(i: int) -> str:
@@ -95,47 +87,81 @@ def _aligned(row: Mapping[str, np.ndarray], reader: _Reader) -> list[tuple[str, 
 
     says: Runs = []
     for asked, run in itertools.groupby(range(len(wanted)), key=lambda i: weights[i] > 0):
-        text = reader.vocabulary.decode(wanted[list(run)]) if asked else " · "
+        text = visible(reader.text(wanted[list(run)])) if asked else " · "
         says.append((text, "target" if asked else "quiet"))
-    return [(f"{stack} sees", reader.runs(seen, style)), (f"{stack} says", says)]
+    lines = [(f"{stack} sees", reader.runs(seen, style))]
+    return [*lines, (f"{stack} says", says)] if weights.any() else lines
 
 
-def _real(row: Mapping[str, np.ndarray], name: str) -> np.ndarray:
-    """bool [L]: the slots of a feature that are not padding."""
-    return row[f"{name.partition('_')[0]}_segment_ids"] > 0
+def generated(row: Mapping[str, np.ndarray], reader: Reader) -> Lines:
+    """Of a Seq2Seq example: what is given, in an encoder or as a prefix, and what is predicted."""
+    slots = real(row, "decoder")
+    targets = row["decoder_target_tokens"][slots]
+    if "encoder_input_tokens" in row:
+        inputs = row["encoder_input_tokens"][real(row, "encoder")]
+        label, split = "encoder sees", 0
+    else:
+        asked = row["decoder_loss_weights"][slots] > 0
+        split = int(asked.argmax()) if asked.any() else len(asked)
+        inputs, targets = targets[:split], targets[split:]
+        both_ways = row["decoder_causal_attention"][slots].any()
+        label = f"prefix (seen {'both ways' if both_ways else 'from the left'})"
+    lines = [(label, reader.runs(inputs, "given"))] if len(inputs) else []
+    spans = bool(reader.sentinel_numbers(inputs))
+    if not len(inputs):  # spans that are taken out of a text and told behind it (CodeGen2)
+        numbers = reader.sentinel_numbers(targets)
+        spans = len(set(numbers)) < len(numbers)
+    return [*lines, ("decoder says", reader.runs(targets, "target", spans=spans))]
 
 
-class _Reader:
-    """Turns ids into text run by run, so that a run reads as it does within the whole."""
+def has_members(row: Mapping[str, np.ndarray]) -> bool:
+    """Whether a row is [M, L], the members of one example."""
+    return next(iter(row.values())).ndim == 2
 
-    def __init__(self, vocabulary: Any):
-        self.vocabulary = vocabulary
-        self._sentinels = set(vocabulary.sentinels.tolist())
-        self._special = set(vocabulary.special_ids.tolist()) - self._sentinels
 
-    def runs(self, ids: np.ndarray, style: Callable[[int], str]) -> Runs:
-        """Runs of ids [n] that share a style; sentinels and special tokens stand alone."""
-        styles = [self._style(int(token), style(i)) for i, token in enumerate(ids)]
-        runs: Runs = []
-        start = 0
-        for stop in range(1, len(ids) + 1):
-            alone = styles[start] in ("sentinel", "special")
-            if stop == len(ids) or styles[stop] != styles[start] or alone:
-                runs.append((self._text(ids, start, stop, styles[start]), styles[start]))
-                start = stop
-        return runs
+def members(row: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """{feature: [M, L]} -> M times {feature: [L]}."""
+    count = len(next(iter(row.values())))
+    return [{name: array[m] for name, array in row.items()} for m in range(count)]
 
-    def _style(self, token: int, style: str) -> str:
-        if style in ("mask", "random", "kept"):
-            return style
-        if token in self._sentinels:
-            return "sentinel"
-        return "special" if token in self._special else style
 
-    def _text(self, ids: Sequence[int], start: int, stop: int, style: str) -> str:
-        if style in ("sentinel", "special", "mask"):
-            return "".join(f"{self.vocabulary.piece(int(i))} " for i in ids[start:stop])
-        before, through = (self.vocabulary.decode(ids[:end]) for end in (start, stop))
-        if through.startswith(before):
-            return through[len(before) :]
-        return self.vocabulary.decode(ids[start:stop])
+def real(row: Mapping[str, np.ndarray], stack: str) -> np.ndarray:
+    """bool [L]: the slots of a stack that are not padding."""
+    return row[f"{stack}_segment_ids"] > 0
+
+
+def _plain(runs: Runs) -> str:
+    return "".join(text for text, style in runs if style != "special")
+
+
+def _window_style(drawn: Any, reader: Reader) -> str | Callable[[int], str]:
+    """Where the window's spans or predicted tokens lie in it, if they can be found."""
+    window, example = drawn.record.tokens, drawn.example
+    if isinstance(example, Aligned) and np.array_equal(example.targets, window):
+        return lambda i: "target" if example.weights[i] else "quiet"
+    if not isinstance(example, Seq2Seq):
+        return "quiet"
+    filled = _fill(example, reader)
+    if [token for token, _ in filled] != window.tolist():
+        return "quiet"
+    return lambda i: filled[i][1]
+
+
+def _fill(example: Seq2Seq, reader: Reader) -> list[tuple[int, str]]:
+    """(token, style) of the inputs, what the targets say for each sentinel, and what they add."""
+    spans: dict[int, list[int]] = {}
+    rest: list[int] = []
+    at = rest
+    for token in example.targets.tolist():
+        if reader.number(token) is not None:
+            at = spans.setdefault(reader.number(token), [])
+        elif token != reader.vocabulary.eos_id:
+            at.append(token)
+    filled = []
+    for token in example.inputs.tolist():
+        number = reader.number(token)
+        if number is not None:
+            filled += [(t, f"span {number}") for t in spans.get(number, ())]
+        elif token not in reader.names and token != reader.vocabulary.eos_id:
+            filled.append((token, "quiet"))
+    return filled + [(token, "target") for token in rest]

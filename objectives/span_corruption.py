@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Self
 
 import numpy as np
 
 from objectives import noise
 from objectives.base import Setting
-from objectives.next_token import NextToken, append_last, check_range, several_documents
+from objectives.next_token import (
+    NextToken,
+    append_last,
+    check_range,
+    several_documents,
+    usual_predictions,
+)
 from t5like.data.examples import Document, Lengths, Record, Seq2Seq, Unit, Window
 from t5like.errors import UserError
+from t5like.inference.infill_formats import Sentinels
 
 
 @functools.lru_cache(maxsize=256)
-def raw_length(
+def _fill(
     architecture: str, length: int, density: float, mean_span: float, random_roll: bool
 ) -> tuple[int, int]:
     """The raw tokens that fill a row of `length` tokens, and their targets.
@@ -77,28 +83,24 @@ class SpanCorruption(NextToken):
 
     def bind(self, setting: Setting) -> Self:
         bound = super().bind(setting)
-        raw, targets = bound._raw_and_targets
-        if raw < 2:
+        if bound.raw_length < 2:
             raise UserError(f"train.length is {setting.length}; SpanCorruption needs at least 6")
-        given = setting.targets_length
+        given, targets = setting.targets_length, bound.targets_needed
         if bound._has_encoder and given is not None and given < targets:
             raise UserError(
                 f"train.targets_length is {given}; SpanCorruption with noise_density="
                 f"{self.noise_density} and train.length={setting.length} makes targets of "
                 f"{targets} tokens: set it to {targets} or to None"
             )
-        bound._check_sentinels(bound._counts(raw)[1])
-        return bound
-
-    def _check_sentinels(self, spans: int) -> None:
-        sentinels = len(self.setting.vocabulary.sentinels)
+        sentinels, spans = len(setting.vocabulary.sentinels), bound.sentinels_needed
         if spans > sentinels:
             raise UserError(
-                f"SpanCorruption with train.length={self.setting.length}, noise_density="
+                f"SpanCorruption with train.length={setting.length}, noise_density="
                 f"{self.noise_density} and mean_noise_span_length={self.mean_noise_span_length} "
                 f"needs {spans} sentinels; the vocabulary has {sentinels}: raise its extra_ids to "
                 f"{spans}, or mean_noise_span_length"
             )
+        return bound
 
     @property
     def _has_encoder(self) -> bool:
@@ -106,7 +108,7 @@ class SpanCorruption(NextToken):
 
     @property
     def _raw_and_targets(self) -> tuple[int, int]:
-        return raw_length(
+        return _fill(
             self.setting.architecture,
             self.setting.length,
             self.noise_density,
@@ -115,16 +117,39 @@ class SpanCorruption(NextToken):
         )
 
     @property
+    def raw_length(self) -> int:
+        """Tokens of a record that fills a row."""
+        return self._raw_and_targets[0]
+
+    @property
+    def targets_needed(self) -> int:
+        """Most tokens of the targets."""
+        return self._raw_and_targets[1]
+
+    @property
+    def sentinels_needed(self) -> int:
+        """Most noise spans of a record."""
+        return self._counts(self.raw_length)[1]
+
+    @property
     def keeps_documents_apart(self) -> bool:
         """A window's noise spans may cross documents, and a decoder reads its inputs only once."""
         return self.cut == "document"
 
     @property
     def usual_predictions(self) -> int | None:
-        if self._has_encoder:
-            return None
-        # A packed row of short texts has more targets than a full one: a tenth for those.
-        return 8 * math.ceil(1.1 * self._raw_and_targets[1] / 8)
+        return None if self._has_encoder else usual_predictions(self.targets_needed)
+
+    @property
+    def reads_both_ways(self) -> bool:
+        return not self._has_encoder and self.bidirectional_inputs
+
+    def infilling(self) -> Sentinels:
+        return Sentinels(
+            self.setting.vocabulary.sentinels,
+            self._eos,
+            bidirectional_inputs=self.bidirectional_inputs,
+        )
 
     def _counts(self, length: int) -> tuple[int, int]:
         """Noise tokens and, at most, noise spans of `length` raw tokens."""
@@ -133,14 +158,13 @@ class SpanCorruption(NextToken):
 
     @property
     def unit(self) -> Unit:
-        raw, _ = self._raw_and_targets
-        return Document(raw) if self.cut == "document" else Window(raw)
+        return Document(self.raw_length) if self.cut == "document" else Window(self.raw_length)
 
     @property
     def lengths(self) -> Lengths:
         if not self._has_encoder:
             return Lengths(self.setting.length)
-        return Lengths(self.setting.length, self.setting.targets_length or self._raw_and_targets[1])
+        return Lengths(self.setting.length, self.setting.targets_length or self.targets_needed)
 
     def bounds(self, raw_length: int, rng: np.random.Generator) -> Lengths:
         tokens, spans = self._counts(raw_length)

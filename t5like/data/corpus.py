@@ -15,12 +15,12 @@ import multiprocessing
 import os
 import pathlib
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from t5like.data import parts
 from t5like.data.atomic import local, writing
+from t5like.data.processes import die_with_parent
 from t5like.data.sources.base import Source
 from t5like.data.store import FORMAT, INDEX, Corpus
 from t5like.errors import UserError
@@ -131,7 +131,7 @@ def _write_parts(source, vocabulary, folder, num_shards, workers, show) -> list[
 def _in_processes(write, num_shards, folder, workers, advance, finish) -> list[dict[str, Any]]:
     # spawn: forking a process that runs JAX or TensorFlow threads can deadlock.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _die_with_parent) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, context, die_with_parent) as pool:
         futures = [pool.submit(write, shard, num_shards, folder) for shard in range(num_shards)]
         try:
             for future in concurrent.futures.as_completed(futures):
@@ -145,16 +145,6 @@ def _in_processes(write, num_shards, folder, workers, advance, finish) -> list[d
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
         return [future.result() for future in futures]
-
-
-def _die_with_parent() -> None:
-    """Ends a worker whose parent was killed; the pool itself would leave it waiting for ever."""
-
-    def watch() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ from t5like.inference.decoding import (
     Decoded,
     GatherFn,
     StepFn,
+    Stop,
+    initial_stops,
     last_tokens,
     prefill,
     take_rows,
@@ -37,6 +39,7 @@ class _State(NamedTuple):
     log_probs: jax.Array  # [B, K] of the live beams, best first
     tokens: jax.Array  # [B, K, T]
     last: jax.Array  # [B, K]
+    stops_left: jax.Array  # [B, K] how many more stop tokens may come
     finished: _Finished
     cache: Cache  # B * K rows
 
@@ -53,11 +56,12 @@ def beam_search(
     pad_id: int = 0,
     alpha: float = 0.6,
     allowed: jax.Array | None = None,
+    stop: Stop | None = None,
     gather: GatherFn = take_rows,
 ) -> Decoded:
     """Finds the likeliest sequences by score = log-probability / length_penalty.
 
-    A row's finished sequences (EOS within max_new_tokens) come first, by score; where there are
+    A row's finished sequences (ended within max_new_tokens) come first, by score; where there are
     fewer than `beams`, the best unfinished ones of max_new_tokens follow. The search stops when
     no live beam of any row can still enter the finished ones: a log-probability only falls and
     the penalty is monotonic in length, so that is exact, not a heuristic. Every live beam may
@@ -65,7 +69,7 @@ def beam_search(
     beams the search is exhaustive.
 
     Args:
-      step_fn, cache, prompts, lengths, eos_id, pad_id, allowed, gather: as for
+      step_fn, cache, prompts, lengths, eos_id, pad_id, allowed, stop, gather: as for
         `decoding.sample`.
       beams: K, beams kept and sequences returned.
       max_new_tokens: T.
@@ -87,17 +91,21 @@ def beam_search(
         totals = state.log_probs[:, :, None] + log_probs.reshape(batch, beams, -1)
 
         finished = state.finished
-        if eos_id is not None:
-            finished = _merge(finished, _ended(state, totals[:, :, eos_id], eos_id, alpha))
-            totals = totals.at[:, :, eos_id].set(-jnp.inf)
+        for token, may_end in _ends(state, eos_id, stop):
+            gained = jnp.where(may_end, totals[:, :, token], -jnp.inf)
+            finished = _merge(finished, _ended(state, gained, token, alpha))
+            going_on = jnp.where(may_end, -jnp.inf, totals[:, :, token])
+            totals = totals.at[:, :, token].set(going_on)
         values, flat = jax.lax.top_k(totals.reshape(batch, -1), beams)
         parents, tokens = jnp.divmod(flat, totals.shape[-1])
         rows = (jnp.arange(batch)[:, None] * beams + parents).reshape(-1)
+        left = _gather_beams(state.stops_left, parents)
         return _State(
             step=state.step + 1,
             log_probs=values,
             tokens=_gather_beams(state.tokens, parents).at[:, :, state.step].set(tokens),
             last=tokens,
+            stops_left=left if stop is None else left - (tokens == stop.token),
             finished=finished,
             cache=gather(cache, rows),
         )
@@ -110,7 +118,10 @@ def beam_search(
 
     first = last_tokens(prompts, lengths)
     state = _start(first, batch, beams, max_new_tokens, pad_id)
-    state = state._replace(cache=gather(prefill(step_fn, cache, prompts), repeat))
+    state = state._replace(
+        cache=gather(prefill(step_fn, cache, prompts), repeat),
+        stops_left=initial_stops(stop, batch)[repeat].reshape(batch, beams),
+    )
     state = jax.lax.while_loop(going, body, state)
     return _result(state, max_new_tokens, alpha, pad_id)
 
@@ -124,18 +135,27 @@ def _start(first: jax.Array, batch: int, beams: int, length: int, pad_id: int) -
         log_probs=none.at[:, 0].set(0.0),
         tokens=tokens,
         last=jnp.broadcast_to(first[:, None], (batch, beams)),
+        stops_left=None,
         finished=_Finished(none, none, jnp.zeros((batch, beams), jnp.int32), tokens),
         cache=None,
     )
 
 
-def _ended(state: _State, log_probs: jax.Array, eos_id: int, alpha: float) -> _Finished:
-    """Every live beam with EOS put after it, given its log-probabilities [B, K] with EOS."""
+def _ends(state: _State, eos_id: int | None, stop: Stop | None):
+    """(token, bool [B, K] whether it would end the beam) for each token that can."""
+    if eos_id is not None:
+        yield eos_id, jnp.ones(state.last.shape, bool)
+    if stop is not None:
+        yield stop.token, state.stops_left == 1
+
+
+def _ended(state: _State, log_probs: jax.Array, end: jax.Array | int, alpha: float) -> _Finished:
+    """Every live beam with `end` put after it, given its log-probabilities [B, K] with it."""
     return _Finished(
         scores=log_probs / length_penalty(state.step + 1, alpha),
         log_probs=log_probs,
         lengths=jnp.full(log_probs.shape, state.step + 1, jnp.int32),
-        tokens=state.tokens.at[:, :, state.step].set(eos_id),
+        tokens=state.tokens.at[:, :, state.step].set(end),
     )
 
 

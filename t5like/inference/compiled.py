@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from t5like.errors import UserError
 from t5like.inference.beam import beam_search
-from t5like.inference.decoding import Decoded, sample
+from t5like.inference.decoding import Decoded, Stop, sample
 from t5like.inference.sampling import GREEDY, Sampling
 from t5like.models.cache import init_cache, take_rows
 from t5like.models.config import ModelConfig
@@ -22,7 +22,7 @@ class Decoding:
     """How sequences are generated. Hashable: one compilation for each that is used.
 
     Attributes:
-      max_new_tokens: T, the longest continuation, EOS included.
+      max_new_tokens: T, the longest continuation, EOS (or what else ends it) included.
       sampling: temperature, top-k and top-p; greedy by default. Unused by a beam search.
       num_samples: samples of each prompt.
       beams: 0 samples; K > 0 searches with K beams and returns K sequences, best first.
@@ -55,7 +55,9 @@ DEFAULT = Decoding()
 
 
 @functools.partial(jax.jit, static_argnames=("static", "decoding"))
-def decode_batch(params, batch, rows, key, allowed, static, decoding: Decoding) -> Decoded:
+def decode_batch(
+    params, batch, rows, key, allowed, static, decoding: Decoding, stop: Stop | None = None
+) -> Decoded:
     """Decodes a batch of prompts as `Generator._prompts` lays them out."""
     config, eos_id, pad_id = static
     model = Transformer(config)
@@ -94,6 +96,7 @@ def decode_batch(params, batch, rows, key, allowed, static, decoding: Decoding) 
         eos_id=eos_id,
         pad_id=pad_id,
         allowed=allowed,
+        stop=stop,
         gather=_gather,
     )
     if decoding.beams:

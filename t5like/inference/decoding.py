@@ -22,12 +22,25 @@ StepFn = Callable[[jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]]
 GatherFn = Callable[[Cache, jax.Array], Cache]
 
 
+class Stop(NamedTuple):
+    """A token that ends sequences, besides EOS.
+
+    Attributes:
+      token: its id.
+      counts: int32 [B], of each prompt, at which occurrence of the token its sequences end; at
+        least 1.
+    """
+
+    token: jax.Array | int
+    counts: jax.Array
+
+
 class Decoded(NamedTuple):
     """What was generated for B prompts, S sequences each.
 
     Attributes:
-      tokens: int32 [B, S, T], ending with EOS where it came, then padding.
-      lengths: int32 [B, S], tokens generated, EOS included.
+      tokens: int32 [B, S, T], ending with EOS (or a `Stop`) where it came, then padding.
+      lengths: int32 [B, S], tokens generated, the one that ends them included.
       log_probs: float32 [B, S], natural log-likelihood of the sequence under the model's own
         distribution (no temperature, nothing filtered).
       scores: float32 [B, S], what the sequences were ranked by: log_probs over the length
@@ -44,6 +57,7 @@ class _State(NamedTuple):
     step: jax.Array
     last: jax.Array  # [R] the token to be fed next
     done: jax.Array  # [R]
+    stops_left: jax.Array  # [R] how many more stop tokens may come
     tokens: jax.Array  # [R, T]
     lengths: jax.Array  # [R]
     log_probs: jax.Array  # [R]
@@ -74,6 +88,11 @@ def last_tokens(prompts: jax.Array, lengths: jax.Array) -> jax.Array:
     return jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]
 
 
+def initial_stops(stop: Stop | None, batch: int) -> jax.Array:
+    """int32 [B], the stop tokens that end each row at the start."""
+    return jnp.ones(batch, jnp.int32) if stop is None else jnp.asarray(stop.counts, jnp.int32)
+
+
 def sample(
     step_fn: StepFn,
     cache: Cache,
@@ -88,6 +107,7 @@ def sample(
     num_samples: int = 1,
     rows: jax.Array | None = None,
     allowed: jax.Array | None = None,
+    stop: Stop | None = None,
     gather: GatherFn = take_rows,
 ) -> Decoded:
     """Samples continuations until EOS or max_new_tokens, stopping when every row is done.
@@ -105,6 +125,7 @@ def sample(
       rows: int32 [B], index of each prompt in the request (default 0..B-1). A sample depends on
         (key, index, sample number) alone, so it does not change with the batch it is in.
       allowed: bool [V], tokens that may be generated; None: all.
+      stop: what ends a sequence besides EOS, or None.
       gather: selects rows of the cache.
 
     Returns:
@@ -128,10 +149,17 @@ def sample(
         token = sampling_lib.choose(step_keys, logits, sampling)
         token = jnp.where(state.done, pad_id, token)
         gained = jnp.take_along_axis(log_probs, token[:, None], axis=1)[:, 0]
+        done, stops_left = state.done, state.stops_left
+        if eos_id is not None:
+            done |= token == eos_id
+        if stop is not None:
+            stops_left -= token == stop.token
+            done |= stops_left == 0
         return _State(
             step=state.step + 1,
             last=token,
-            done=state.done if eos_id is None else state.done | (token == eos_id),
+            done=done,
+            stops_left=stops_left,
             tokens=state.tokens.at[:, state.step].set(token),
             lengths=state.lengths + ~state.done,
             log_probs=state.log_probs + jnp.where(state.done, 0.0, gained),
@@ -143,6 +171,7 @@ def sample(
         step=jnp.int32(0),
         last=last_tokens(prompts, lengths)[repeat],
         done=jnp.zeros(count, bool),
+        stops_left=initial_stops(stop, batch)[repeat],
         tokens=jnp.full((count, max_new_tokens), pad_id, jnp.int32),
         lengths=jnp.zeros(count, jnp.int32),
         log_probs=jnp.zeros(count, jnp.float32),

@@ -15,7 +15,7 @@ from t5like.data.layout import lay_out
 from t5like.errors import UserError
 from t5like.inference.batching import batches
 from t5like.inference.compiled import DEFAULT, Decoding, decode_batch, score_batch
-from t5like.inference.decoding import Decoded
+from t5like.inference.decoding import Decoded, Stop
 from t5like.inference.text import decode_after
 from t5like.models.config import ModelConfig
 
@@ -25,11 +25,11 @@ class Completion:
     """One generated sequence.
 
     Attributes:
-      tokens: int32 [n], without EOS.
+      tokens: int32 [n], without EOS or what else ended it.
       text: what the tokens say where they stand, a leading space included.
-      log_prob: natural log-likelihood given the prompt, EOS included if it came.
+      log_prob: natural log-likelihood given the prompt, its end included if it came.
       score: what a beam search ranks by; log_prob otherwise.
-      ended: whether EOS came.
+      ended: whether EOS came, or the stop that was asked for.
     """
 
     tokens: np.ndarray
@@ -95,20 +95,35 @@ class Generator:
         ]
 
     def generate(
-        self, inputs: Sequence[np.ndarray], decoding: Decoding = DEFAULT, *, seed: int = 0
+        self,
+        inputs: Sequence[np.ndarray],
+        decoding: Decoding = DEFAULT,
+        *,
+        seed: int = 0,
+        stop: Stop | None = None,
     ) -> list[list[Completion]]:
-        """As `complete`, from token ids [n] exactly as given (no EOS is added)."""
+        """As `complete`, from token ids [n] exactly as given (no EOS is added).
+
+        Args:
+          stop: what ends a sequence besides EOS, with a count for each of the inputs.
+        """
+        if stop is not None and stop.token == self.vocabulary.eos_id:
+            stop = None
         for ids in inputs:
             self._check_room(len(ids), decoding.max_new_tokens)
         results: list[list[Completion]] = [[] for _ in inputs]
         key = jax.random.key(seed)
         for (width,), rows, count in batches([len(i) + 1 for i in inputs], self.batch_size):
             batch = self._prompts([inputs[row] for row in rows], width)
+            ends = None if stop is None else Stop(np.int32(stop.token), stop.counts[rows])
             decoded = jax.device_get(
-                decode_batch(self.params, batch, rows, key, self._allowed, self._static, decoding)
+                decode_batch(
+                    self.params, batch, rows, key, self._allowed, self._static, decoding, ends
+                )
             )
             for place, row in enumerate(rows[:count]):
-                results[row] = self._completions(decoded, place)
+                last = None if stop is None else (stop.token, int(stop.counts[row]))
+                results[row] = self._completions(decoded, place, last)
         return results
 
     def score(
@@ -198,14 +213,23 @@ class Generator:
     def _static(self) -> tuple[ModelConfig, int | None, int]:
         return self.config, self.vocabulary.eos_id, self.vocabulary.pad_id
 
-    def _completions(self, decoded: Decoded, place: int) -> list[Completion]:
-        """The sequences of one row, without places that a beam search could not fill."""
+    def _completions(
+        self, decoded: Decoded, place: int, stop: tuple[int, int] | None
+    ) -> list[Completion]:
+        """The sequences of one row, without places that a beam search could not fill.
+
+        Args:
+          stop: (token, count) that ends the row besides EOS.
+        """
         completions = []
         for tokens, length, log_prob, score in zip(*(x[place] for x in decoded), strict=True):
             if not np.isfinite(score):
                 continue
             tokens = tokens[:length]
-            ended = bool(length) and tokens[-1] == self.vocabulary.eos_id
+            ended = bool(length) and (
+                tokens[-1] == self.vocabulary.eos_id
+                or (stop is not None and (tokens == stop[0]).sum() == stop[1])
+            )
             tokens = tokens[:-1] if ended else tokens
             text = self.vocabulary.decode(tokens)
             completions.append(Completion(tokens, text, float(log_prob), float(score), bool(ended)))

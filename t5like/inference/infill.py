@@ -1,8 +1,9 @@
-"""Filling blanks in a text with a model trained on span corruption.
+"""Filling blanks in a text with a model whose objective teaches that.
 
-"Thank you ____ me to your party ____ week." is encoded with a sentinel for each blank and EOS,
-as the objective's inputs are (Raffel et al. 2020, section 3.1.4); the model answers
-"<extra_id_0> for inviting <extra_id_1> last", which is put back where the blanks were.
+"Thank you ____ me to your party ____ week." is put to the model as its objective's format has it
+(see t5like/inference/infill_formats.py): span corruption's reads a sentinel for each blank, and
+the model answers "<extra_id_0> for inviting <extra_id_1> last", which is put back where the
+blanks were.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import numpy as np
 
 from t5like.errors import UserError
 from t5like.inference.compiled import DEFAULT, Decoding
+from t5like.inference.decoding import Stop
 from t5like.inference.generate import Completion, Generator
+from t5like.inference.infill_formats import InfillFormat
 from t5like.inference.text import decode_after, encode_after
 
 BLANK = "____"
@@ -30,7 +33,7 @@ class Infill:
       text: the text with its blanks filled.
       fills: what was put into each blank; "" where the model said nothing for it.
       well_formed: whether the model gave exactly one span for each blank, in order.
-      completion: what the model generated.
+      completion: what the model generated; `ended` says whether the answer's end mark came.
     """
 
     text: str
@@ -49,58 +52,22 @@ def split_blanks(text: str, blank: str = BLANK) -> list[str]:
     """
     parts = re.split(rf"{re.escape(blank)}|<extra_id_\d+>", text)
     if len(parts) == 1:
-        shown = text if len(text) <= 40 else text[:37] + "..."
-        raise UserError(f"{shown!r} has no blank to fill: write {blank} or <extra_id_0> in it")
+        raise UserError(f"{_shown(text)} has no blank to fill: write {blank} or <extra_id_0> in it")
     return parts
 
 
-def encode_parts(vocabulary: Any, parts: Sequence[str]) -> np.ndarray:
-    """Inputs of the model, int32 [n]: parts with sentinels between them, and EOS.
+def encode_parts(vocabulary: Any, parts: Sequence[str]) -> list[np.ndarray]:
+    """Token ids of each part, int32 [n], as they stand between blanks.
 
     Tokens carry the space before a word, so one space before a blank is left for the model to
     say, as it was in training.
-
-    Raises:
-      UserError: there are more blanks than sentinels.
     """
-    vocabulary.require_sentinels(len(parts) - 1, f"a text with {len(parts) - 1} blanks")
-    ids = [_encode_before_blank(vocabulary, parts, 0)]
-    for k in range(1, len(parts)):
-        ids += [vocabulary.sentinels[k - 1 : k], _encode_before_blank(vocabulary, parts, k)]
-    if vocabulary.eos_id is not None:
-        ids.append([vocabulary.eos_id])
-    return np.concatenate(ids).astype(np.int32)
+    return [_encode_before_blank(vocabulary, parts, k) for k in range(len(parts))]
 
 
 def _encode_before_blank(vocabulary: Any, parts: Sequence[str], k: int) -> np.ndarray:
     part = parts[k] if k == len(parts) - 1 else parts[k].removesuffix(" ")
     return encode_after(vocabulary, part, start=k == 0)
-
-
-def parse_spans(
-    ids: np.ndarray, sentinels: np.ndarray, blanks: int
-) -> tuple[list[np.ndarray], bool]:
-    """Splits generated tokens [n] at their sentinels.
-
-    Whatever the model wrote is survived: a blank it left out is empty, of two spans for one
-    blank the first counts, and what stands before the first sentinel or after the sentinel of
-    no blank is dropped.
-
-    Returns:
-      (a span for each blank, whether there was exactly one for each, in order).
-    """
-    number = {int(sentinel): k for k, sentinel in enumerate(sentinels)}
-    stray: list[int] = []
-    order, spans, current = [], {}, stray
-    for token in np.asarray(ids).tolist():
-        if token in number:
-            current = []
-            order.append(number[token])
-            spans.setdefault(number[token], current)
-        else:
-            current.append(token)
-    found = [np.array(spans.get(k, []), np.int32) for k in range(blanks)]
-    return found, order == list(range(blanks)) and not stray
 
 
 def fill(vocabulary: Any, parts: Sequence[str], spans: Sequence[np.ndarray]) -> tuple[str, ...]:
@@ -127,6 +94,7 @@ def join(parts: Sequence[str], fills: Sequence[str]) -> str:
 def infill(
     generator: Generator,
     texts: Sequence[str],
+    infill_format: InfillFormat,
     decoding: Decoding = DEFAULT,
     *,
     seed: int = 0,
@@ -135,25 +103,34 @@ def infill(
     """Fills the blanks of each text.
 
     Args:
-      generator: of an encoder-decoder or a prefix decoder trained on span corruption.
+      generator: of a model trained with the format.
       texts: n texts with blanks.
-      decoding, seed: as for `Generator.complete`.
+      infill_format: how blanks are asked for: `Objective.infilling()` of a bound objective.
+      decoding, seed: as for `Generator.complete`; the answer's end mark counts among its tokens.
       blank: how a blank is written, besides <extra_id_k>.
 
     Returns:
       for each text its samples, or its beams with the best first.
 
     Raises:
-      UserError: a text has no blank, or more than the vocabulary has sentinels.
+      UserError: a text has no blank, or more than the format can fill.
     """
     vocabulary = generator.vocabulary
     split = [split_blanks(text, blank) for text in texts]
+    for text, parts in zip(texts, split, strict=True):
+        _check_blanks(text, len(parts) - 1, infill_format.most_blanks)
+    prompts = [infill_format.prompt(encode_parts(vocabulary, parts)) for parts in split]
+    counts = np.array([infill_format.stops(len(parts) - 1) for parts in split], np.int32)
+    if generator.bidirectional_inputs != infill_format.bidirectional_inputs:
+        generator = dataclasses.replace(
+            generator, bidirectional_inputs=infill_format.bidirectional_inputs
+        )
     results = generator.generate(
-        [encode_parts(vocabulary, parts) for parts in split], decoding, seed=seed
+        prompts, decoding, seed=seed, stop=Stop(infill_format.stop_id, counts)
     )
 
     def one(parts: Sequence[str], completion: Completion) -> Infill:
-        spans, well_formed = parse_spans(completion.tokens, vocabulary.sentinels, len(parts) - 1)
+        spans, well_formed = infill_format.parse(completion.tokens, len(parts) - 1)
         fills = fill(vocabulary, parts, spans)
         return Infill(join(parts, fills), fills, well_formed, completion)
 
@@ -161,3 +138,16 @@ def infill(
         [one(parts, completion) for completion in completions]
         for parts, completions in zip(split, results, strict=True)
     ]
+
+
+def _check_blanks(text: str, blanks: int, most: int) -> None:
+    if blanks > most:
+        raise UserError(
+            f"{_shown(text)} has {blanks} blanks, and this model was trained to fill at most "
+            f"{most} at once: ask for fewer in one prompt"
+        )
+
+
+def _shown(text: str) -> str:
+    """The beginning of a text, for an error."""
+    return repr(text if len(text) <= 40 else text[:37] + "...")

@@ -42,7 +42,7 @@ def forward_flops(
     total = sum(_stack_flops(config, stack, shapes) for stack in config.stacks)
     batch, length = shapes["encoder" if config.architecture == "encoder" else "decoder"]
     asked = length if predictions is None else min(predictions, length)
-    return batch * (total + asked * _head_flops(config))
+    return batch * (total + asked * head_flops(config))
 
 
 def train_flops(
@@ -74,8 +74,8 @@ def _stack_flops(config: ModelConfig, stack: str, shapes: Mapping[str, tuple[int
     return config.stacks[stack] * layer + length * projection
 
 
-def _head_flops(config: ModelConfig) -> float:
-    """Of one token's logits."""
+def head_flops(config: ModelConfig) -> float:
+    """Of one token's logits, forward."""
     width = config.embedding_width if config.tie_embeddings else config.d_model
     transform = 2.0 * config.d_model * width if config.head_transform else 0.0
     return transform + 2.0 * width * config.vocab_size

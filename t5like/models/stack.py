@@ -98,7 +98,17 @@ class Stack(nn.Module):
     config: ModelConfig
     stack: str
 
-    @nn.compact
+    def setup(self):
+        config, width = self.config, self.config.embedding_width
+        if config.position == "learned":
+            self.position_embedder = Embed(config, config.max_length, width)
+        if config.token_types:
+            self.token_type_embedder = Embed(config, config.token_types, width)
+        if config.embedding_norm:
+            self.embedding_norm = Norm(config)
+        if width != config.d_model:
+            self.projection = Dense(config, config.d_model)
+
     def __call__(
         self,
         embedded: jax.Array,
@@ -109,13 +119,49 @@ class Stack(nn.Module):
         train: bool = False,
         keep_states: bool = False,
     ) -> tuple[jax.Array, ...]:
-        """Runs the stack.
+        """Runs the stack on token embeddings [B, L, E]: `embed`, then `run`."""
+        x = self.embed(embedded, positions, token_types)
+        return self.run(x, positions, context, train=train, keep_states=keep_states)
+
+    def embed(
+        self, x: jax.Array, positions: jax.Array, token_types: jax.Array | None = None
+    ) -> jax.Array:
+        """Token embeddings with positions and token types added, and normalised.
 
         Args:
-          embedded: [B, L, E] token embeddings.
+          x: [B, L, E] token embeddings.
+          positions: int [B or 1, L].
+          token_types: int [B, L]; None means type 0.
+
+        Returns:
+          [B, L, E], what this stack's `run` takes, or that of another with the same E: two
+          stacks that share their embeddings share this.
+        """
+        config = self.config
+        if config.position == "learned":
+            x += self.position_embedder(positions)
+        elif config.position == "sinusoidal":
+            x += sinusoids(positions, config.embedding_width).astype(x.dtype)
+        if config.token_types:
+            x += self.token_type_embedder(positions * 0 if token_types is None else token_types)
+        return self.embedding_norm(x) if config.embedding_norm else x
+
+    @nn.compact
+    def run(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        context: Context,
+        *,
+        train: bool = False,
+        keep_states: bool = False,
+    ) -> tuple[jax.Array, ...]:
+        """Runs the stack on what `embed` returns, its own or another stack's.
+
+        Args:
+          x: [B, L, E].
           positions: int [B or 1, L].
           context: mask, cross-attention inputs and decoding slots; the rest is filled in here.
-          token_types: int [B, L]; None means type 0.
           train: whether dropout is on.
           keep_states: return every layer's states instead of the last alone.
 
@@ -123,29 +169,15 @@ class Stack(nn.Module):
           [B, L, D] each: the last states; or with keep_states the blocks' input and then each
           block's output. The last has the final norm applied either way.
         """
-        x = self._embed(embedded, positions, token_types, train)
+        config = self.config
+        x = Dropout(config, train)(x)
+        if config.embedding_width != config.d_model:
+            x = self.projection(x)
         context = self._positioned(context, positions)
         x, states = self._blocks(x, context, train, keep_states)
-        if self.config.norm_position == "pre":
-            x = Dropout(self.config, train)(Norm(self.config, name="final_norm")(x))
+        if config.norm_position == "pre":
+            x = Dropout(config, train)(Norm(config, name="final_norm")(x))
         return (*states[:-1], x) if keep_states else (x,)
-
-    def _embed(
-        self, x: jax.Array, positions: jax.Array, token_types: jax.Array | None, train: bool
-    ) -> jax.Array:
-        """Adds positions and token types, normalises, projects E to D."""
-        config, width = self.config, self.config.embedding_width
-        if config.position == "learned":
-            x += Embed(config, config.max_length, width, name="position_embedder")(positions)
-        elif config.position == "sinusoidal":
-            x += sinusoids(positions, width).astype(x.dtype)
-        if config.token_types:
-            types = positions * 0 if token_types is None else token_types
-            x += Embed(config, config.token_types, width, name="token_type_embedder")(types)
-        if config.embedding_norm:
-            x = Norm(config, name="embedding_norm")(x)
-        x = Dropout(config, train)(x)
-        return x if width == config.d_model else Dense(config, config.d_model, name="projection")(x)
 
     @property
     def _bidirectional(self) -> bool:

@@ -50,12 +50,38 @@ class Transformer(nn.Module):
         """Logits, float32 [B, L, V], of the decoder, or of the encoder where it is alone."""
         return self.logits(self.hidden(batch, train=train))
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """States [..., D] as `hidden` returns them -> logits, float32 [..., V]."""
-        return self.head(hidden, self.token_embedder)
+    def logits(self, hidden: jax.Array, token_embedder: Embed | None = None) -> jax.Array:
+        """States [..., D] as `hidden` returns them -> logits, float32 [..., V].
+
+        Args:
+          hidden: as `hidden` returns them.
+          token_embedder: another model's, for a head tied to it; None: this model's own.
+        """
+        return self.head(hidden, self.token_embedder if token_embedder is None else token_embedder)
+
+    def embed_tokens(self, tokens: jax.Array) -> jax.Array:
+        """int [B, L] -> token embeddings [B, L, E], without positions, types or norm."""
+        return self.token_embedder(tokens)
+
+    def embed(self, batch: Batch, *, token_embeddings: jax.Array | None = None) -> jax.Array:
+        """What enters the predicting stack: [B, L, E], positions and types added, normalised.
+
+        Args:
+          batch: features, see the class.
+          token_embeddings: [B, L, E] in place of the embeddings of the stack's input tokens.
+        """
+        stack = self._predicting
+        x, positions = self._inputs(stack, batch, token_embeddings)
+        return getattr(self, stack).embed(x, positions, batch.get(f"{stack}_token_types"))
 
     def hidden(
-        self, batch: Batch, *, train: bool = False, all_layers: bool = False
+        self,
+        batch: Batch,
+        *,
+        train: bool = False,
+        all_layers: bool = False,
+        token_embeddings: jax.Array | None = None,
+        embedded: jax.Array | None = None,
     ) -> jax.Array | tuple[jax.Array, ...]:
         """States of the stack that predicts: the decoder, or the encoder where it is alone.
 
@@ -63,15 +89,19 @@ class Transformer(nn.Module):
           batch: features, see the class.
           train: whether dropout is on; needs rng collection "dropout".
           all_layers: return every layer's states.
+          token_embeddings: [B, L, E] in place of the embeddings of the stack's input tokens.
+          embedded: [B, L, E] as `embed` returns it, of this model or of another with the same
+            E, whose embeddings are then shared: this model's own are not read, and it has none
+            if it never reads them.
 
         Returns:
           [B, L, D], the last states, normalised; with all_layers a tuple of them: the first
           block's input, then each block's output, the last one normalised.
         """
-        if self.config.architecture == "encoder":
-            states = self._encode(batch, train, all_layers)
-        else:
-            states = self._decode(batch, train, all_layers)
+        context = self._context(batch, train)
+        states = self._run(
+            self._predicting, batch, context, train, all_layers, token_embeddings, embedded
+        )
         return states if all_layers else states[-1]
 
     def encode(
@@ -85,7 +115,7 @@ class Transformer(nn.Module):
         """The encoder's last states [B, L, D] of tokens, segment ids and positions [B, L]."""
         features = {"input_tokens": tokens, "segment_ids": segment_ids, "positions": positions}
         batch = {f"encoder_{name}": value for name, value in features.items()}
-        return self._encode(batch, train, False)[-1]
+        return self._encode(batch, train)
 
     def decode_step(
         self,
@@ -130,31 +160,51 @@ class Transformer(nn.Module):
         hidden = self.decoder(self.token_embedder(tokens), positions, context)[-1]
         return self.logits(hidden)
 
-    def _encode(self, batch: Batch, train: bool, keep_states: bool) -> tuple[jax.Array, ...]:
-        context = Context(self_mask(batch, "encoder"))
-        return self._run("encoder", batch, context, train, keep_states)
+    @property
+    def _predicting(self) -> str:
+        """The stack that predicts."""
+        return "encoder" if self.config.architecture == "encoder" else "decoder"
 
-    def _decode(self, batch: Batch, train: bool, keep_states: bool) -> tuple[jax.Array, ...]:
-        context = Context(self_mask(batch, "decoder"))
-        if self.config.architecture == "encoder_decoder":
-            context = context.replace(
-                encoded=self._encode(batch, train, False)[-1],
-                cross_mask=cross_mask(batch),
-            )
-        return self._run("decoder", batch, context, train, keep_states)
+    def _context(self, batch: Batch, train: bool) -> Context:
+        """What the predicting stack's layers see; runs the encoder that it attends to."""
+        context = Context(self_mask(batch, self._predicting))
+        if self.config.architecture != "encoder_decoder":
+            return context
+        return context.replace(encoded=self._encode(batch, train), cross_mask=cross_mask(batch))
+
+    def _encode(self, batch: Batch, train: bool) -> jax.Array:
+        return self._run("encoder", batch, Context(self_mask(batch, "encoder")), train)[-1]
 
     def _run(
-        self, name: str, batch: Batch, context: Context, train: bool, keep_states: bool
+        self,
+        stack: str,
+        batch: Batch,
+        context: Context,
+        train: bool,
+        keep_states: bool = False,
+        token_embeddings: jax.Array | None = None,
+        embedded: jax.Array | None = None,
     ) -> tuple[jax.Array, ...]:
-        tokens, positions = batch[f"{name}_input_tokens"], batch.get(f"{name}_positions")
-        return getattr(self, name)(
-            self.token_embedder(tokens),
-            jnp.arange(tokens.shape[1])[None] if positions is None else positions,
-            context,
-            batch.get(f"{name}_token_types"),
-            train=train,
-            keep_states=keep_states,
-        )
+        module, flags = getattr(self, stack), {"train": train, "keep_states": keep_states}
+        if embedded is not None:
+            return module.run(embedded, _positions(batch, stack, embedded), context, **flags)
+        x, positions = self._inputs(stack, batch, token_embeddings)
+        return module(x, positions, context, batch.get(f"{stack}_token_types"), **flags)
+
+    def _inputs(
+        self, stack: str, batch: Batch, token_embeddings: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Token embeddings [B, L, E] of a stack and their positions [B or 1, L]."""
+        x = token_embeddings
+        if x is None:
+            x = self.token_embedder(batch[f"{stack}_input_tokens"])
+        return x, _positions(batch, stack, x)
+
+
+def _positions(batch: Batch, stack: str, x: jax.Array) -> jax.Array:
+    """The batch's positions int [B, L] of inputs [B, L, E]; 0..L-1 where it has none."""
+    positions = batch.get(f"{stack}_positions")
+    return jnp.arange(x.shape[1])[None] if positions is None else positions
 
 
 class Head(nn.Module):

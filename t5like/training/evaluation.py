@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,6 +14,19 @@ from t5like.training.meter import add_terms, means
 from t5like.training.signals import StopFlag
 
 _IN_FLIGHT = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Held-out data of a run.
+
+    Attributes:
+      track: whose loss is measured, while it is in training (see tracks.py).
+      batches: gives the host batches, anew at each call.
+    """
+
+    track: str
+    batches: Callable[[], Iterable[dict[str, np.ndarray]]]
 
 
 class Interrupted(Exception):

@@ -13,7 +13,9 @@ Normalisation = Literal["NUM_REAL_TARGET_TOKENS", "NUM_TOTAL_TARGET_TOKENS", "AV
 
 
 class TokenLoss(NamedTuple):
-    """Sums over the tokens of a batch, float32 scalars; divide by `weight_sum` for means.
+    """Sums over the tokens of a batch, float32; divide by `weight_sum` for means.
+
+    Scalars, or [G] for G sets of weights.
 
     Attributes:
       loss_sum: weighted cross-entropy in nats, without the z-loss.
@@ -46,18 +48,19 @@ def cross_entropy(
     Args:
       logits: [..., V], any float dtype; the backward pass keeps them and log(Z), no softmax.
       targets: int [...], in [0, V); a target outside gives NaN.
-      weights: float [...].
+      weights: float [...], or [G, ...] for G sums at once, which share one pass.
       z_loss: coefficient of log(Z)**2.
       label_smoothing: in [0, 1).
     """
     weights = weights.astype(jnp.float32)
     loss, log_z = _token_loss(logits, targets, label_smoothing)
     correct = _first_largest(jax.lax.stop_gradient(logits), targets)
+    tokens = tuple(range(-targets.ndim, 0))
     return TokenLoss(
-        loss_sum=jnp.sum(loss * weights),
-        z_loss_sum=z_loss * jnp.sum(jnp.square(log_z) * weights),
-        correct_sum=jnp.sum(correct * weights),
-        weight_sum=jnp.sum(weights),
+        loss_sum=jnp.sum(loss * weights, tokens),
+        z_loss_sum=z_loss * jnp.sum(jnp.square(log_z) * weights, tokens),
+        correct_sum=jnp.sum(correct * weights, tokens),
+        weight_sum=jnp.sum(weights, tokens),
     )
 
 

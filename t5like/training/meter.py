@@ -21,20 +21,23 @@ class Meter:
     """Collects updates' metrics between log lines.
 
     Metrics stay on the device until `fetch`, which gets all of them in one transfer. Each loss
-    term of a line is the sum over its interval's batches divided by their weight. The state is
-    JSON (`snapshot`), so a resumed run writes the lines that it would have written anyway.
+    term of a line is the sum over its interval's batches divided by their weight, for each track
+    (see tracks.py) apart: different objectives' terms have little but their names in common. The
+    state is JSON (`snapshot`), so a resumed run writes the lines that it would have written
+    anyway.
     """
 
     def __init__(self, snapshot: dict[str, Any] | None = None):
         snapshot = snapshot or {}
-        self._sums: dict[str, list[float]] = snapshot.get("sums", {})
+        self._sums: dict[str, dict[str, list[float]]] = snapshot.get("sums", {})
+        self._updates: dict[str, int] = snapshot.get("updates", {})
         self._hash: str = snapshot.get("hash", "")
         self._scalars: dict[str, float] = {}
-        self._waiting: list[tuple[int, StepMetrics]] = []
+        self._waiting: list[tuple[int, str, StepMetrics]] = []
 
-    def add(self, step: int, metrics: StepMetrics, batch_hash: str = "") -> None:
-        """Takes the metrics of the update that made `step`, unfetched."""
-        self._waiting.append((step, metrics))
+    def add(self, step: int, track: str, metrics: StepMetrics, batch_hash: str = "") -> None:
+        """Takes the metrics of the update of `track` that made `step`, unfetched."""
+        self._waiting.append((step, track, metrics))
         if batch_hash:
             chained = (self._hash + batch_hash).encode()
             self._hash = hashlib.blake2b(chained, digest_size=8).hexdigest()
@@ -42,7 +45,7 @@ class Meter:
     def wait_for_all_but(self, count: int) -> None:
         """Blocks until at most `count` updates are still running."""
         if len(self._waiting) > count:
-            jax.block_until_ready(self._waiting[-1 - count][1])
+            jax.block_until_ready(self._waiting[-1 - count][-1])
 
     def fetch(self) -> None:
         """Gets everything waiting in one `jax.device_get` and adds it up.
@@ -52,31 +55,50 @@ class Meter:
         """
         if not self._waiting:
             return
-        steps, metrics = zip(*self._waiting, strict=True)
+        steps, tracks, metrics = zip(*self._waiting, strict=True)
         self._waiting = []
-        for step, values in zip(steps, jax.device_get(metrics), strict=True):
+        for step, track, values in zip(steps, tracks, jax.device_get(metrics), strict=True):
             _check_finite(step, values)
-            add_terms(self._sums, values.terms)
+            add_terms(self._sums.setdefault(track, {}), values.terms)
+            self._updates[track] = self._updates.get(track, 0) + 1
             self._scalars = {name: float(value) for name, value in values.scalars.items()}
 
-    def line(self) -> dict[str, Any]:
+    def line(self, by_track: bool = False) -> dict[str, Any]:
         """The interval's losses and its last update's scalars; starts a new interval.
+
+        Args:
+          by_track: whether to name terms "TRACK/TERM"; "loss" is then the mean of the tracks'
+            losses, weighted by their updates.
 
         Returns:
           {"loss", each term, "gradient_norm", "update_norm", "parameter_norm",
           "learning_rate", and "batch_hash" where batches are hashed: a hash of the hashes}.
         """
         self.fetch()
-        line = {**means(self._sums), **self._scalars}
+        values = {track: means(sums) for track, sums in self._sums.items()}
+        if by_track:
+            line = {f"{track}/{name}": x for track, v in values.items() for name, x in v.items()}
+            loss = sum(values[track]["loss"] * count for track, count in self._updates.items())
+            line["loss"] = loss / sum(self._updates.values())
+        else:
+            [line] = values.values()
+        line |= self._scalars
         if self._hash:
             line["batch_hash"] = self._hash
-        self._sums, self._hash = {}, ""
+        self._sums, self._updates, self._hash = {}, {}, ""
         return line
 
     def snapshot(self) -> dict[str, Any]:
         """The interval so far, as JSON values; fetches what waits."""
         self.fetch()
-        return {"sums": {name: list(row) for name, row in self._sums.items()}, "hash": self._hash}
+        return {
+            "sums": {
+                track: {name: list(row) for name, row in sums.items()}
+                for track, sums in self._sums.items()
+            },
+            "updates": dict(self._updates),
+            "hash": self._hash,
+        }
 
 
 def add_terms(sums: dict[str, list[float]], terms: dict[str, Term]) -> None:

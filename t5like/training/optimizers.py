@@ -130,7 +130,7 @@ class Muon(Optimizer):
 
     Updates are scaled to an RMS of `rms` whatever the shape (Liu et al. 2025, "Muon is Scalable
     for LLM Training", section 2.2), so that one learning rate serves both halves. Embeddings,
-    the output layer, norms and biases are AdamW's; stacked layers are orthogonalised one by one.
+    heads' last layers, norms and biases are AdamW's; stacked layers are orthogonalised one by one.
     """
 
     beta: float = 0.95
@@ -175,7 +175,8 @@ def _is_matrix(path: tuple, leaf: Any) -> bool:
 def _muon_labels(params: Any) -> Any:
     def label(path, leaf):
         names = _names(path)
-        outer = any("embed" in name for name in names) or names[-2:-1] == ["head"]
+        head = any(name.endswith("head") for name in names[-2:-1])  # its last layer alone
+        outer = head or any("embed" in name for name in names)
         return "matrices" if _is_matrix(path, leaf) and not outer else "rest"
 
     return jax.tree_util.tree_map_with_path(label, params)

@@ -9,6 +9,7 @@ import jax
 import optax
 from absl import logging
 
+from t5like.data.plans import Plan
 from t5like.errors import UserError
 from t5like.training import identity, mesh as mesh_lib, state as state_lib, step as step_lib
 from t5like.training.cadence import Every
@@ -85,7 +86,11 @@ def check_steps_left(init_from: InitFrom, step: int, total_steps: int) -> None:
 
 
 def missed_evals(info: Mapping[str, Any], evals: Iterable[str], every: Every) -> list[str]:
-    """Evaluations due at a checkpoint's step that its info lacks: cut short, or new since."""
+    """Evaluations due at a checkpoint's step that its info lacks: cut short, or new since.
+
+    Args:
+      evals: those of what is in training at that step.
+    """
     if not info or not every.due(every.evaluate, info["step"]):
         return []
     done = {name.rpartition("/")[0] for name in info.get("metrics") or {}}
@@ -106,4 +111,31 @@ def warn_of_new_total(optimizer: Optimizer, step: int, old: int, new: int) -> No
         step,
         schedule.build(new)(step),
         schedule.build(old)(step),
+    )
+
+
+def warn_of_new_plan(
+    plan: Callable[[int], Plan], done: Mapping[str, int], step: int, old: int, new: int
+) -> None:
+    """Says so when a changed budget changes which track the steps that are done belong to.
+
+    Args:
+      plan: total steps -> plan.
+      done: updates of each track that were made, `step` in all.
+      old, new: total steps of the run before and now.
+    """
+    planned = plan(new).counts(step)
+    moved = [name for name in planned if planned[name] != done.get(name, 0)]
+    if old == new or not moved:
+        return
+    logging.warning(
+        "the run is now %d updates long, not %d, and its phases depend on that: of the %d updates "
+        "done, %s",
+        new,
+        old,
+        step,
+        ", ".join(
+            f"{done.get(name, 0)} trained {name} where {planned[name]} should have"
+            for name in moved
+        ),
     )

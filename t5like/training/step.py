@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from t5like.errors import UserError
+from t5like.training import tracks as tracks_lib
 from t5like.training.schedules import ScheduleFn
 from t5like.training.state import TrainState
 from t5like.training.terms import Term
@@ -41,6 +42,7 @@ def make_train_step(
     transform: optax.GradientTransformation,
     schedule: ScheduleFn,
     *,
+    declares: frozenset[tracks_lib.Path] | None = None,
     accumulate: int = 1,
     after_step: Callable[[TrainState], TrainState] | None = None,
     out_shardings: Any = None,
@@ -57,6 +59,8 @@ def make_train_step(
       loss_fn: see LossFn.
       transform: an optimiser's `build`.
       schedule: step -> learning rate, for the report.
+      declares: paths of the parameters that loss_fn is given; those elsewhere, and what the
+        optimiser keeps for them, stay as they are to the bit. None: all.
       accumulate: micro-batches an update.
       after_step: state -> state, after the update (moving-average teachers).
       out_shardings: shardings of the returned (state, metrics); None lets jax choose.
@@ -68,12 +72,18 @@ def make_train_step(
 
     def train_step(state, batch, key):
         key = jax.random.fold_in(key, state.step)
-        grads, terms = gradients(state.params, state.frozen, batch, key)
+        seen = tracks_lib.declared(state.params, declares)
+        grads, terms = gradients(seen, state.frozen, batch, key)
+        if declares is not None:
+            grads = tracks_lib.filled(grads, state.params)
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        params, opt_state = tracks_lib.keep_undeclared(
+            (params, opt_state), (state.params, state.opt_state), state.params, declares
+        )
         scalars = {
             "gradient_norm": global_norm(grads),
-            "update_norm": global_norm(updates),
+            "update_norm": global_norm(tracks_lib.declared(updates, declares)),
             "parameter_norm": global_norm(params),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
@@ -86,9 +96,15 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, **kwargs)
 
 
-def make_eval_step(loss_fn: LossFn) -> Callable[..., dict[str, Term]]:
+def make_eval_step(
+    loss_fn: LossFn, declares: frozenset[tracks_lib.Path] | None = None
+) -> Callable[..., dict[str, Term]]:
     """The jitted (params, frozen, batch, key) -> {name: Term} without dropout."""
-    return jax.jit(lambda params, frozen, batch, key: loss_fn(params, frozen, batch, key, False))
+
+    def eval_step(params, frozen, batch, key):
+        return loss_fn(tracks_lib.declared(params, declares), frozen, batch, key, False)
+
+    return jax.jit(eval_step)
 
 
 def run_key(seed: int, stream: int) -> jax.Array:

@@ -12,6 +12,7 @@ import pytest
 
 from t5like.inference import beam
 from t5like.inference.beam import beam_search, length_penalty
+from t5like.inference.decoding import Stop
 
 VOCAB, EOS = 4, 2
 PROMPTS = [[1], [3, 0, 3], [0, 1]]
@@ -31,12 +32,12 @@ def search(model, beams, length, alpha=0.6, prompts=PADDED, lengths=LENGTHS, ste
     return jax.device_get(decode(step, model, cache, prompts, lengths, **settings))
 
 
-def exhaustive(model, prompt, length, alpha):
+def exhaustive(model, prompt, length, alpha, stop=None, count=0):
     """(score, tokens) of every finished sequence, best first; then every unfinished one."""
     finished, unfinished = [], []
 
     def grow(tokens, total):
-        if tokens and tokens[-1] == EOS:
+        if tokens and (tokens[-1] == EOS or (stop is not None and tokens.count(stop) == count)):
             finished.append((total / ((5 + len(tokens)) / 6) ** alpha, tokens))
         elif len(tokens) == length:
             unfinished.append((total / ((5 + length) / 6) ** alpha, tokens))
@@ -59,6 +60,17 @@ def test_enough_beams_find_what_exhaustive_search_finds(toy, seed, alpha):
         for place, (score, tokens) in enumerate(best):
             assert out.lengths[row, place] == len(tokens)
             assert out.tokens[row, place, : len(tokens)].tolist() == tokens
+            np.testing.assert_allclose(out.scores[row, place], score, rtol=1e-4)
+
+
+def test_a_stop_ends_beams_at_each_rows_own_count(toy):
+    model, length, stop, counts = toy(VOCAB, 2), 4, 0, [1, 2, 1]
+    out = search(model, 27, length, stop=Stop(jnp.int32(stop), jnp.array(counts)))
+    for row, prompt in enumerate(PROMPTS):
+        best = exhaustive(model, prompt, length, 0.6, stop, counts[row])[:27]
+        assert {tokens[-1] for _, tokens in best} >= {EOS, stop}
+        for place, (score, tokens) in enumerate(best):
+            assert out.tokens[row, place, : out.lengths[row, place]].tolist() == tokens
             np.testing.assert_allclose(out.scores[row, place], score, rtol=1e-4)
 
 

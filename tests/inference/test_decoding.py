@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5like.inference.decoding import sample
+from t5like.inference.decoding import Stop, sample
 from t5like.inference.sampling import GREEDY, Sampling
 
 VOCAB, EOS, PAD = 7, 2, 0
@@ -78,6 +78,23 @@ def test_eos_stops_a_row_and_leaves_the_others_alone(toy):
         ended += row[length - 1] == EOS
         assert row[length - 1] == EOS or length == 12
     assert 0 < ended < 32
+
+
+def test_a_stop_cuts_a_row_at_its_own_count(toy):
+    stop, counts = 4, [1, 2, 3, 1]
+    settings = dict(num_samples=8, max_new_tokens=12)
+    free = run(toy(VOCAB, 0), PROMPTS, **settings)
+    out = run(toy(VOCAB, 0), PROMPTS, stop=Stop(np.int32(stop), np.array(counts)), **settings)
+    reached = 0
+    for row, draw in itertools.product(range(4), range(8)):
+        tokens = free.tokens[row, draw, : free.lengths[row, draw]].tolist()
+        stops = [i for i, token in enumerate(tokens, 1) if token == stop]
+        if len(stops) >= counts[row]:
+            tokens = tokens[: stops[counts[row] - 1]]
+            reached += len(stops) > counts[row]
+        assert out.lengths[row, draw] == len(tokens)
+        assert out.tokens[row, draw].tolist() == tokens + [PAD] * (12 - len(tokens))
+    assert reached > 3
 
 
 def test_loop_stops_when_every_row_is_done(toy):

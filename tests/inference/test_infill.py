@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -11,24 +14,32 @@ from t5like.data.vocabularies.bytes import ByteVocabulary
 from t5like.data.vocabularies.sentencepiece import SentencePieceVocabulary
 from t5like.errors import UserError
 from t5like.inference.generate import Completion, Decoding, Generator
-from t5like.inference.infill import (
-    encode_parts,
-    fill,
-    infill,
-    join,
+from t5like.inference.infill import encode_parts, fill, infill, join, split_blanks
+from t5like.inference.infill_formats import (
+    MaskedSpans,
+    PrefixSuffixMiddle,
+    Sentinels,
     parse_spans,
-    split_blanks,
 )
-from t5like.inference.sampling import Sampling
+from t5like.inference.sampling import GREEDY, Sampling
 from t5like.models.config import ModelConfig
 from t5like.models.transformer import init_parameters
 
 BYTES = ByteVocabulary(extra_ids=8)
+SPANS = Sentinels(BYTES.sentinels, BYTES.eos_id)
+MASKS = MaskedSpans(BYTES.sentinels[:3], 259, 260, BYTES.eos_id)
+MIDDLE = PrefixSuffixMiddle(259, 260, 261, BYTES.eos_id)
 
 
 @pytest.fixture
 def t5(shared_data):
     return SentencePieceVocabulary(str(shared_data / "tokenizers" / "t5_en_32k.spiece.model"))
+
+
+def prompt_of(vocabulary, parts):
+    return Sentinels(vocabulary.sentinels, vocabulary.eos_id).prompt(
+        encode_parts(vocabulary, parts)
+    )
 
 
 def spans(vocabulary, *items):
@@ -58,7 +69,7 @@ def test_inputs_are_what_span_corruption_makes(t5):
         ids[:start], t5.sentinels[:1], ids[stop:last], t5.sentinels[1:2], ids[last + 1 :],
         [t5.eos_id],
     ])  # fmt: skip
-    np.testing.assert_array_equal(encode_parts(t5, parts), expected)
+    np.testing.assert_array_equal(prompt_of(t5, parts), expected)
 
 
 def test_spans_go_back_where_they_came_from(t5):
@@ -73,7 +84,7 @@ def test_spans_go_back_where_they_came_from(t5):
 def test_no_space_is_invented_or_lost_at_a_seam(t5):
     for text in ("f(____)", "un____able", "____ it is.", "End with ____"):
         parts = split_blanks(text)
-        assert t5.decode(encode_parts(t5, parts)).replace("<extra_id_0>", "____") in (
+        assert t5.decode(prompt_of(t5, parts)).replace("<extra_id_0>", "____") in (
             text, text.replace(" ____", "____"),
         )  # fmt: skip
     start = split_blanks("____ it is.")
@@ -91,7 +102,7 @@ def test_what_was_cut_out_of_bytes_comes_back(text, data):
     edges = [0, *cuts, len(text)]
     pieces = [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
     parts, held = pieces[::2], pieces[1::2]
-    inputs = encode_parts(BYTES, parts)
+    inputs = prompt_of(BYTES, parts)
     assert (inputs == BYTES.eos_id).sum() == 1
     # The model also says the space that was left to it.
     said = [(" " if p.endswith(" ") else "") + h for p, h in zip(parts, held, strict=False)]
@@ -126,41 +137,71 @@ def test_malformed_generations_survive(said, expected, well_formed):
     assert good is well_formed
 
 
-def test_more_blanks_than_sentinels():
-    with pytest.raises(UserError, match="9 sentinels"):
-        encode_parts(BYTES, ["x"] * 10)
+@pytest.mark.parametrize(("form", "most"), [(SPANS, 8), (MASKS, 3), (MIDDLE, 1)])
+def test_more_blanks_than_the_format_has(form, most):
+    with pytest.raises(UserError, match=f"{most + 1} blanks.* at most {most} at once"):
+        infill(Scripted([]), ["____", "____" * (most + 1)], form)
 
 
-@pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder"])
-def test_an_untrained_model_still_fills(architecture):
-    config = ModelConfig(architecture=architecture, vocab_size=384, num_layers=1, d_model=16,
-                         d_ff=16, num_heads=2, head_dim=8)  # fmt: skip
-    params = jax.jit(init_parameters, static_argnums=0)(config, jax.random.key(0))
-    generator = Generator(config, params, BYTES, bidirectional_inputs=True)
+@pytest.fixture(scope="module")
+def untrained():
+    """A Generator of each architecture, with learned nothing."""
+
+    def make(architecture):
+        config = ModelConfig(architecture=architecture, vocab_size=384, num_layers=1, d_model=16,
+                             d_ff=16, num_heads=2, head_dim=8)  # fmt: skip
+        params = jax.jit(init_parameters, static_argnums=0)(config, jax.random.key(0))
+        return Generator(config, params, BYTES)
+
+    return functools.cache(make)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "form"),
+    [("encoder_decoder", SPANS), ("decoder", SPANS), ("decoder", MASKS), ("decoder", MIDDLE)],
+)
+def test_an_untrained_model_still_fills(untrained, architecture, form):
     decoding = Decoding(6, Sampling(), num_samples=2)
-    results = infill(generator, ["a ____ b", "____ and ____"], decoding)
-    assert [len(samples) for samples in results] == [2, 2]
-    for filled in results[1]:
-        assert len(filled.fills) == 2
-        assert filled.text == filled.fills[0] + " and " + filled.fills[1]
+    texts = ["a ____ b", "____ and ____"][: form.most_blanks]
+    results = infill(untrained(architecture), texts, form, decoding)
+    assert [len(samples) for samples in results] == [2] * len(texts)
+    for text, samples in zip(texts, results, strict=True):
+        for filled in samples:
+            assert filled.text == join(split_blanks(text), filled.fills)
+
+
+@pytest.mark.parametrize("beams", [0, 2])
+def test_an_answer_ends_with_its_last_end_mark(untrained, beams):
+    eom, mask = MASKS.eom_id, int(MASKS.masks[0])
+    # The model may say <eom> or one byte, so that it surely comes to the last <eom>.
+    generator = dataclasses.replace(untrained("decoder"))
+    generator.__dict__["_allowed"] = np.isin(np.arange(384), (eom, 100))
+    decoding = Decoding(40, GREEDY, beams=2) if beams else Decoding(40, Sampling(), num_samples=4)
+    results = infill(generator, ["x____", "____ y ____"], MASKS, decoding)
+    for blanks, samples in enumerate(results, 1):
+        for filled in samples:
+            said = filled.completion.tokens
+            assert filled.completion.ended
+            assert (said == eom).sum() == blanks - 1 and mask not in said
 
 
 class Scripted:
     """Answers every prompt with the same tokens, and remembers what it was asked."""
 
     vocabulary = BYTES
+    bidirectional_inputs = True
 
     def __init__(self, answer):
         self.answer, self.asked = answer, []
 
-    def generate(self, inputs, decoding, *, seed):
+    def generate(self, inputs, decoding, *, seed, stop):
         self.asked += [BYTES.decode(ids) for ids in inputs]
         return [[Completion(self.answer, "", 0.0, 0.0, True)] for _ in inputs]
 
 
 def test_code_keeps_its_lines_and_indentation():
     scripted = Scripted(spans(BYTES, 0, " x = 1", 1, "return"))
-    [[filled]] = infill(scripted, ["def f():\n    ____\n    ____ x"])
+    [[filled]] = infill(scripted, ["def f():\n    ____\n    ____ x"], SPANS)
     assert scripted.asked == ["def f():\n   <extra_id_0>\n   <extra_id_1> x"]
     assert filled.text == "def f():\n    x = 1\n    return x"
     assert filled.fills == ("x = 1", "return")

@@ -48,12 +48,18 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def run(
-    name: str, *arguments: str, timeout: int = 240, cwd: str = ROOT.anchor, **changes: str
+    name: str, *arguments: str, timeout: int = 240, cwd: str = ROOT.anchor, stdin: str = "",
+    **changes: str,
 ) -> subprocess.CompletedProcess:
-    """Runs launch/NAME.py to its end from an unrelated directory; `changes` of environment."""
+    """Runs launch/NAME.py to its end from an unrelated directory.
+
+    Args:
+      stdin: what it reads from standard input.
+      changes: of the environment.
+    """
     return subprocess.run(
         command(name, *arguments), env=environment(**changes), cwd=cwd,
-        capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=timeout, input=stdin,
     )  # fmt: skip
 
 

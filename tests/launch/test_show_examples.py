@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import json
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+from launch.show_examples import LOOKS
+from objectives.show_reader import STYLES
+from tests.launch.runs import fail, succeed
+
 TEXT = (
     "The quick brown fox jumps over the lazy dog. It was a bright cold day in April, and the "
     "clocks were striking thirteen.\nNobody in the town had ever seen such a thing before.\n"
 )
-BASE = [
+BASE = (
     "--gin_file=gin_configs/runs/quickstart.gin",
     "--gin.train.vocabulary=@ByteVocabulary()",
     "--gin.train.length=64",
-]
-
-
-def show(tmp_path, *arguments):
-    return subprocess.run(
-        [sys.executable, ROOT / "launch" / "show_examples.py", *arguments],
-        capture_output=True, text=True, cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT), "COLUMNS": "99"},
-    )  # fmt: skip
+)
 
 
 @pytest.fixture
@@ -37,13 +29,17 @@ def text_file(tmp_path):
     return path
 
 
+def show(tmp_path, page, path, *more):
+    """What is printed of the file under an objective's page."""
+    return succeed(
+        "show_examples", *BASE, f"--gin_file=gin_configs/objectives/{page}.gin",
+        f"--input={path}", f"--workdir={tmp_path / 'w'}", *more, COLUMNS="99",
+    ).stdout  # fmt: skip
+
+
 def examples(tmp_path, page, path, n=2, *more):
-    done = show(
-        tmp_path, *BASE, f"--gin_file=gin_configs/objectives/{page}.gin", f"--input={path}",
-        f"--n={n}", "--format=jsonl", f"--workdir={tmp_path / 'w'}", *more,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    text = show(tmp_path, page, path, f"--n={n}", "--format=jsonl", *more)
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def text_of(ids):
@@ -78,14 +74,36 @@ def test_masked_lm_as_jsonl_and_by_seed(tmp_path, text_file):
     assert first == again and first != other
 
 
-def test_text_shows_prefix_and_target(tmp_path, text_file):
-    done = show(
-        tmp_path, *BASE, "--gin_file=gin_configs/objectives/prefix_lm.gin",
-        f"--input={text_file}", "--n=1", f"--workdir={tmp_path / 'w'}",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "prefix (seen both ways)" in done.stdout and "decoder says" in done.stdout
-    assert "The quick" in done.stdout and "predicted" in done.stdout
+def test_text_shows_prefix_and_target_and_the_mask(tmp_path, text_file):
+    printed = show(tmp_path, "prefix_lm", text_file, "--n=1", "--mask")
+    assert "prefix (seen both ways)" in printed and "decoder says" in printed
+    assert "The quick" in printed and "predicted" in printed
+    assert "the decoder's 64 slots see each other (queries downwards, keys across)" in printed
+    pictured = [line[13:].rstrip() for line in printed.splitlines() if "█" in line]
+    assert len(pictured) == 32
+    # Both ways within the prefix, then one key more for each query.
+    widths = np.array([len(line) for line in pictured])
+    assert widths[0] > 1 and (np.diff(widths) >= 0).all() and widths[-1] == 64
+
+
+def test_mask_as_jsonl(tmp_path, text_file):
+    (example,) = examples(tmp_path, "causal_lm", text_file, 1, "--mask")
+    assert example["mask"]["decoder"] == ["1" * (i + 1) + "0" * (63 - i) for i in range(64)]
+
+
+def test_every_style_has_a_look_and_colours_reach_a_terminal(tmp_path, text_file):
+    assert list(LOOKS) == list(STYLES)
+    arguments = (*BASE, f"--input={text_file}", "--n=1", f"--workdir={tmp_path / 'w'}")
+    printed = succeed("show_examples", *arguments, FORCE_COLOR="1", TERM="xterm-256color").stdout
+    # The first sentinel and its span share a hue, in black on it and in it.
+    assert "\x1b[1;30;43m<extra_id_0>" in printed and printed.count("\x1b[33m") >= 3
+
+
+def test_several_objectives_are_shown_by_turns(tmp_path, text_file):
+    lines = examples(tmp_path, "biphasic", text_file, 4)
+    names = [line["objective"] for line in lines]
+    assert names[0] == names[2] != names[1] == names[3]
+    assert [line["index"] for line in lines] == [0, 0, 1, 1]
 
 
 def test_json_lines_are_read(tmp_path):
@@ -105,6 +123,4 @@ def test_json_lines_are_read(tmp_path):
     ],
 )  # fmt: skip
 def test_errors_are_one_line(tmp_path, arguments, message):
-    done = show(tmp_path, *BASE, *arguments, f"--workdir={tmp_path / 'w'}")
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1 and message in done.stderr
+    assert message in fail("show_examples", *BASE, *arguments, f"--workdir={tmp_path / 'w'}")

@@ -32,6 +32,11 @@ class ToyVocabulary:
     def mask_id(self):
         return 2 if self.mask else None
 
+    @property
+    def special_ids(self):
+        framing = [990, 991] if self.framed else []
+        return np.unique([self.pad_id, self.eos_id or 0, 2, *framing, *self.sentinels])
+
     def named_id(self, name):
         return {"[CLS]": 990, "[SEP]": 991}.get(name) if self.framed else None
 
@@ -40,6 +45,19 @@ class ToyVocabulary:
 
     def fingerprint(self):
         return "toy"
+
+    # Each token is three letters, after a space where it starts a word.
+
+    def piece(self, i):
+        letters = chr(97 + i // 676) + chr(97 + i // 26 % 26) + chr(97 + i % 26)
+        return letters if i % 3 else f" {letters}"
+
+    def decode(self, ids):
+        return "".join(self.piece(int(i)) for i in ids)
+
+    def encode_batch(self, texts):
+        letters = [[ord(c) - 97 for c in text.replace(" ", "")] for text in texts]
+        return [np.array(x).reshape(-1, 3) @ np.array([676, 26, 1]) for x in letters]
 
 
 @pytest.fixture(scope="session")

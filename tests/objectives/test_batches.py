@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from objectives.causal_lm import CausalLM
+from objectives.codegen2 import CodeGen2
+from objectives.electra import Electra
+from objectives.fim import FIM
+from objectives.ernie_gram import ErnieGram
 from objectives.mlm import MaskedLM
 from objectives.prefix_lm import PrefixLM
+from objectives.prop import PROP
 from objectives.span_corruption import SpanCorruption
+from objectives.ul2 import UL2
+from t5like.data.examples import Document
 from t5like.data.pipeline import Component, Pipeline
 from t5like.errors import UserError
 
 CASES = [
     (CausalLM(), "decoder"),
     (CausalLM(cut="document"), "decoder"),
+    (CodeGen2(), "decoder"),
+    (CodeGen2(cut="document"), "decoder"),
+    (FIM(), "decoder"),
+    (FIM(cut="window", end_every_middle=False), "decoder"),
     (PrefixLM(), "decoder"),
     (PrefixLM(), "encoder_decoder"),
     (PrefixLM(cut="document"), "decoder"),
@@ -23,9 +36,17 @@ CASES = [
     (SpanCorruption(random_roll=True), "encoder_decoder"),
     (SpanCorruption(cut="document"), "encoder_decoder"),
     (SpanCorruption(cut="document", random_roll=True), "decoder"),
+    (UL2(), "encoder_decoder"),
+    (UL2(cut="document", s_sentinel=True), "decoder"),
     (MaskedLM(), "encoder"),
     (MaskedLM(whole_word=True, cut="document"), "encoder"),
     (MaskedLM(selection="iid"), "decoder"),
+    (ErnieGram(bigrams=200, trigrams=50, min_count=1), "encoder"),
+    (ErnieGram(cut="document", bigrams=200, trigrams=50, min_count=1), "decoder"),
+    (ErnieGram(masking="contiguous", comprehensive=False, relation=False), "encoder"),
+    (Electra(), "encoder"),
+    (Electra(cut="document"), "decoder"),
+    (PROP(), "encoder"),
 ]
 
 
@@ -48,10 +69,12 @@ class MemoryCorpus:
 @pytest.mark.parametrize(("pack", "across"), [(False, True), (True, False)])
 def test_batches(setting, objective, architecture, pack, across):
     corpus = MemoryCorpus()
-    bound = objective.bind(setting(architecture, 64, framed=architecture == "encoder"))
+    where = setting(architecture, 64, framed=architecture == "encoder")
+    bound = objective.bind(dataclasses.replace(where, corpus=corpus))
     across = across or not bound.keeps_documents_apart
+    parts = bound.components()
     pipeline = Pipeline(
-        [Component("all", corpus, bound)],
+        [Component(name, corpus, *part) for name, part in parts.items()],
         vocabulary=bound.setting.vocabulary,
         architecture=architecture,
         length=bound.lengths.inputs,
@@ -68,7 +91,8 @@ def test_batches(setting, objective, architecture, pack, across):
         if sum(len(d.record.tokens) for d in drawn) >= corpus.num_tokens + 300:
             break
     raw = np.concatenate([d.record.tokens for d in drawn])
-    if bound.unit.__class__.__name__ == "Document" or bound.unit.separator is None:
+    unit = next(iter(parts.values()))[0].unit
+    if len(parts) == 1 and (isinstance(unit, Document) or unit.separator is None):
         assert raw[: corpus.num_tokens].tolist() == corpus.all.tolist()
 
     for step in range(6):

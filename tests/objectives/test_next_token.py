@@ -155,7 +155,7 @@ def test_a_vocabulary_without_an_end_cannot_be_bound(setting, objective):
         (lambda: SpanCorruption(cut="line"), "SpanCorruption.cut is 'line'"),
         (lambda: SpanCorruption(noise_density=1.5), "SpanCorruption.noise_density is 1.5"),
         (lambda: SpanCorruption(mean_noise_span_length=0.5), "mean_noise_span_length is 0.5"),
-        (lambda: PrefixLM(noise_density=0.6), "PrefixLM.noise_density is 0.6"),
+        (lambda: PrefixLM(noise_density=1.0), "PrefixLM.noise_density is 1.0"),
         (lambda: CausalLM(label_smoothing=1.0), "CausalLM.label_smoothing is 1.0"),
     ],
 )

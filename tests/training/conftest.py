@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5like.training import loop, optimizers, schedules
+from t5like.data.plans import Always
+from t5like.training import loop, optimizers, schedules, tracks
+from t5like.training.evaluation import HeldOut
 from t5like.training.terms import Term
 
 TARGET = np.arange(12, dtype=np.float32).reshape(4, 3) / 6
@@ -58,15 +60,21 @@ class Toy:
     optimizer: optimizers.Optimizer = optimizers.AdamW(learning_rate=schedules.Constant(0.05))
 
     def fit(self, total_steps: int, **kwargs) -> loop.FitResult:
+        """`loss_fn` and functions among `evals` (giving batches) are those of one track."""
+        track = tracks.Track(kwargs.pop("loss_fn", loss_fn), tokens_per_step=8, flops_per_step=1e3)
+        evals = {
+            name: held_out if isinstance(held_out, HeldOut) else HeldOut("toy", held_out)
+            for name, held_out in kwargs.pop("evals", {}).items()
+        }
         defaults = dict(
             init_fn=init,
-            loss_fn=loss_fn,
+            tracks={"toy": track},
+            plan=lambda total_steps: Always("toy"),
+            evals=evals,
             optimizer=self.optimizer,
             batches=batches,
             seed=3,
             workdir=self.workdir,
-            tokens_per_step=8,
-            flops_per_step=1e3,
             log_every=2,
             checkpoint_every_steps=3,
             hash_fn=lambda batch: batch["x"].sum(),

@@ -27,6 +27,7 @@ def params():
         },
         "relative_bias": {"embedding": normal(32, 4)},
         "head": {"kernel": normal(8, 16)},
+        "pair_head": {"kernel": normal(8, 1)},
         "final_norm": {"scale": normal(8)},
     }
 
@@ -76,6 +77,7 @@ def test_decay_is_rate_times_strength_on_matrices_and_nothing_on_vectors(cls, pa
         },
         "relative_bias": {"embedding": False},
         "head": {"kernel": True},
+        "pair_head": {"kernel": True},
         "final_norm": {"scale": False},
     }
     assert decayed == wanted
@@ -102,7 +104,7 @@ def test_muon_orthogonalises_each_layer_of_a_stack_and_leaves_the_rest_to_adamw(
         # Newton-Schulz brings singular values to about 1, times rms * sqrt(max side).
         assert (singular > 0.5 * 0.2 * np.sqrt(12)).all()
         assert (singular < 1.3 * 0.2 * np.sqrt(12)).all()
-    for name in ("token_embedder", "relative_bias", "head", "final_norm"):
+    for name in ("token_embedder", "relative_bias", "head", "pair_head", "final_norm"):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
             updates[name],

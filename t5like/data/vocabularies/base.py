@@ -129,6 +129,13 @@ class Vocabulary:
         return frozenset({self.eos_id, self.pad_id})
 
     @functools.cached_property
+    def _not_text(self) -> np.ndarray:
+        """bool [size]: ids that `decode` treats apart from text."""
+        apart = np.zeros(self.size, bool)
+        apart[[i for i in (*self._silent_ids, *self.sentinels.tolist()) if i is not None]] = True
+        return apart
+
+    @functools.cached_property
     def special_ids(self) -> np.ndarray:
         """int32, rising: ids that stand for no text (pad, EOS, BOS, UNK, mask, sentinels ...)."""
         named = [*self._silent_ids, self.unk_id, self.mask_id]
@@ -168,10 +175,13 @@ class Vocabulary:
         Raises:
           ValueError: an id is not in the vocabulary.
         """
+        ids = np.asarray(ids, np.int64)
+        if len(foreign := ids[(ids < 0) | (ids >= self.size)]):
+            raise ValueError(f"id {foreign[0]} is not in a vocabulary of {self.size}")
+        if not self._not_text[ids].any():
+            return self._decode_run(ids.tolist(), True)
         text, run = [], []
-        for i in np.asarray(ids).tolist():
-            if not 0 <= i < self.size:
-                raise ValueError(f"id {i} is not in a vocabulary of {self.size}")
+        for i in ids.tolist():
             if i in self._sentinel_numbers:
                 number = self._sentinel_numbers[i]
                 text += [self._decode_run(run, not text), f"<extra_id_{number}>"]

@@ -1,0 +1,60 @@
+"""Trains several configurations under one budget and measures them alike.
+
+    python launch/compare.py --gin_file=gin_configs/papers/objectives_at_equal_compute.gin \\
+        --workdir=runs/compare
+
+Writes comparison.json, comparison.md (the table, also printed) and comparison.png to the workdir,
+anew after every run, so that what is there is always whole. Run again after an interruption: runs
+that are done are kept, the one that was cut short resumes. Bindings on the command line are of the
+comparison (`--gin.compare.seeds=[0]`); what a run is made of stands in compare.runs.
+"""
+
+from __future__ import annotations
+
+from absl import flags
+
+from launch import cli
+from t5like.errors import UserError
+
+FLAGS = flags.FLAGS
+flags.adopt_module_key_flags(cli)
+
+
+def main(arguments: list[str]) -> int:
+    if arguments:
+        raise UserError(f"unexpected argument {arguments[0]!r}: flags start with --")
+    if FLAGS.workdir is None:
+        raise UserError("no workdir: pass --workdir=DIR, where the comparison will live")
+    if FLAGS.seed is not None:
+        raise UserError("a comparison has several seeds: pass --gin.compare.seeds=[0,1,2]")
+
+    from etils import epath
+
+    from launch import config
+    from launch.comparison import report, runs
+
+    compare = config.load(FLAGS.gin_file, FLAGS.gin_bindings, root="compare").run
+    workdir = epath.Path(FLAGS.workdir)
+    cache_compilations(workdir)
+    planned = list(runs.trials(compare, workdir))
+    results: dict[str, dict[int, dict]] = {}
+    table = ""
+    for number, trial in enumerate(planned, 1):
+        print(f"[{number}/{len(planned)}] {trial.name}, seed {trial.seed}", flush=True)
+        result = runs.finished(trial) or runs.run(compare, trial)
+        results.setdefault(trial.name, {})[trial.seed] = result
+        table = report.write(compare, results, workdir)
+    print(table)
+    return 0
+
+
+def cache_compilations(workdir) -> None:
+    """Runs that differ by their seed alone compile once."""
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(workdir / "cache" / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+if __name__ == "__main__":
+    cli.run(main)
