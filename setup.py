@@ -17,6 +17,7 @@ BASE = [
     "tokenizers>=0.21",
     "safetensors>=0.4",
     "rich>=13.0",
+    "scikit-learn>=1.4",
     "matplotlib>=3.8",
     "tensorboardX>=2.6",
 ]

@@ -43,18 +43,20 @@ def main() -> None:
         print(table(pages, corpus, vocabulary, folder))
 
 
-def table(pages: list[str], corpus: Corpus, vocabulary, cache: pathlib.Path) -> str:
+def table(names: list[str], corpus: Corpus, vocabulary, cache: pathlib.Path) -> str:
     """A markdown row for each page and architecture."""
     lines = ["| objective | trains | M tokens/s | corpus statistics, M tokens/s |"]
     lines.append("| --- | --- | ---: | ---: |")
-    for page in pages:
-        objective = config_lib.load([QUICKSTART, f"gin_configs/objectives/{page}.gin"]).run.objective
+    for page in names:
+        pages = [QUICKSTART, f"gin_configs/objectives/{page}.gin"]
+        objective = config_lib.load(pages).run.objective
         for architecture in objective.architectures:
             setting = Setting(architecture, vocabulary, LENGTH, corpus=corpus, cache_dir=cache)
             start = time.perf_counter()
             bound = objective.bind(setting)
-            speed = tokens_per_second(bound, corpus, start)
-            lines.append(f"| {page} | {architecture} | {speed[0] / 1e6:.2f} | {statistics(speed)} |")
+            made, built = tokens_per_second(bound, corpus, start)
+            cells = page, architecture, f"{made / 1e6:.2f}", statistics(built)
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -75,9 +77,9 @@ def tokens_per_second(bound: Objective, corpus: Corpus, start: float) -> tuple[f
     return tokens / (now - began), corpus.num_tokens / built
 
 
-def statistics(speed: tuple[float, float]) -> str:
-    """The second number, where something was built at all (binding alone is far faster)."""
-    return f"{speed[1] / 1e6:.2f}" if speed[1] < 20e6 else ""
+def statistics(built: float) -> str:
+    """Tokens a second of the statistics, where there are any (binding alone is far faster)."""
+    return f"{built / 1e6:.2f}" if built < 20e6 else ""
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
+import types
 import typing
 from collections.abc import Iterator, Mapping
 
@@ -42,6 +43,7 @@ ROOTS = {
 INTERNAL_FIELDS = {"setting"}
 INTERNAL_CLASSES = {"Setting"}
 _PLAIN = {int, float, bool, str, type(None)}
+_CHOICES = {typing.Literal, typing.Union, types.UnionType}
 
 
 def modules(name: str) -> Iterator:
@@ -107,8 +109,9 @@ def checked(cls: type, name: str, values: Mapping[str, object]) -> dict[str, obj
 def _checked_value(name: str, hint: object, value: object) -> object:
     if inspect.isfunction(value) or inspect.isclass(value):
         raise UserError(f"{name} is @{value.__name__}; write @{value.__name__}() to make one")
-    choices = typing.get_args(hint) or (hint,)
-    if typing.get_origin(hint) is typing.Literal:
+    origin = typing.get_origin(hint)
+    choices = typing.get_args(hint) if origin in _CHOICES else (hint,)
+    if origin is typing.Literal:
         if value not in choices:
             wanted = " or ".join(map(repr, choices))
             raise UserError(f"{name} is {value!r}; it must be {wanted}")

@@ -14,6 +14,7 @@ from launch import assemble, config as config_lib
 from launch.run_config import RunConfig
 from objectives.base import Objective
 from t5like.errors import UserError
+from t5like.evaluation.model import TrainedModel
 from t5like.inference.infill_formats import InfillFormat
 from t5like.models.config import ModelConfig
 from t5like.models.transformer import init_parameters
@@ -100,6 +101,15 @@ def load_run(
     model = assemble.sized(config.model, vocabulary)
     params = _read_backbone(path, model, info["arrays"])
     return LoadedRun(config, vocabulary, model, params, int(info["step"]))
+
+
+def load_trained(workdir: str) -> TrainedModel:
+    """The newest readable checkpoint of a run as the measures of t5like/evaluation take it."""
+    run = load_run(workdir)
+    objective = assemble.bind(run.config, run.vocabulary, None)
+    return TrainedModel(
+        run.model, run.params, run.vocabulary, objective, both_ways=run.bidirectional_inputs
+    )
 
 
 def _read_backbone(path: epath.Path, model: ModelConfig, arrays: Collection[str]) -> Any:

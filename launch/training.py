@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 from etils import epath
@@ -34,7 +35,7 @@ def train(gin_files: Sequence[str], bindings: Sequence[str], workdir: str) -> in
     """Runs or resumes the configured training in `workdir`; returns the exit status."""
     resolved = config_lib.load(gin_files, bindings)
     try:
-        result = train_resolved(resolved, workdir)
+        result = train_resolved(resolved, workdir).result
     except Preempted as stopped:
         cli.complain(stopped)
         return stopped.exit_status
@@ -47,8 +48,31 @@ def train(gin_files: Sequence[str], bindings: Sequence[str], workdir: str) -> in
     return 0
 
 
-def train_resolved(resolved: config_lib.Resolved, workdir: str) -> FitResult:
-    """Runs or resumes a training in `workdir`; see `fit` for what is returned and raised."""
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A training that has come to its end.
+
+    Attributes:
+      result: what `fit` returned.
+      points: steps whose checkpoints were asked for and kept, the last one among them.
+      spent: step -> (tokens, model FLOPs) until then.
+    """
+
+    result: FitResult
+    points: tuple[int, ...]
+    spent: Callable[[int], tuple[int, float]]
+
+
+def train_resolved(
+    resolved: config_lib.Resolved, workdir: str, *, points: int | None = None, progress: bool = True
+) -> Trained:
+    """Runs or resumes a training in `workdir`; see `fit` for what is raised.
+
+    Args:
+      points: checkpoints to save and keep, evenly spaced over the run, in place of the
+        configuration's; None: as configured.
+      progress: whether it is shown on the screen.
+    """
     run: RunConfig = resolved.run
     same = run_identity(resolved)
     check_workdir(workdir, same)
@@ -61,6 +85,9 @@ def train_resolved(resolved: config_lib.Resolved, workdir: str) -> FitResult:
     total_steps = Budget(run.steps, run.tokens, run.flops).total_steps(
         lambda steps: spent(tracks, plan(steps).counts(steps))
     )
+    if points is not None:
+        every = max(1, total_steps // points)
+        run = dataclasses.replace(run, checkpoint_every_steps=every, keep=points + 1)
     batches = PlannedBatches(data.pipelines, plan(total_steps))
     write_config(workdir, resolved.text())
     result = fit(
@@ -90,6 +117,7 @@ def train_resolved(resolved: config_lib.Resolved, workdir: str) -> FitResult:
         init_from=starting_point(run),
         frozen=assemble_frozen(data),
         hash_fn=Pipeline.hash if run.batch_hashes else None,
+        progress=progress,
     )
     active = plan(total_steps).active(total_steps)
     measured = [(name, pipeline) for name, pipeline in evals.values() if name in active]
@@ -99,7 +127,13 @@ def train_resolved(resolved: config_lib.Resolved, workdir: str) -> FitResult:
         name, pipeline = measured[0]
         params, limit = result.state.params, run.eval_batches
         quality.report(data, networks[name], pipeline, params, workdir, limit)
-    return result
+    counts = plan(total_steps).counts
+    saved = [every * k for k in range(1, points)] if points is not None else []
+    return Trained(
+        result,
+        points=(*(step for step in saved if step < total_steps), total_steps),
+        spent=lambda step: spent(tracks, counts(step)),
+    )
 
 
 def make_track(data: assemble.Data, networks: Mapping[str, Network], name: str) -> Track:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
 
 from objectives import teacher as teacher_lib
-from objectives.base import Objective, Setting
+from objectives.base import Objective
+from objectives.composite import Composite
 from objectives.mlm import MaskedLM
 from objectives.next_token import NextToken, check_range
 from t5like.data.examples import Example, Lengths, Record, Unit
@@ -18,7 +19,7 @@ from t5like.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Distillation(Objective):
+class Distillation(Composite):
     """Learns what a teacher would say, beside what the text says (Hinton et al. 2015, section 2).
 
     The student's examples are those of the objective it wraps. At every position that is asked
@@ -57,8 +58,6 @@ class Distillation(Objective):
         the last of each.
     """
 
-    architectures = ("encoder", "decoder", "encoder_decoder")
-
     student: Objective
     teacher_from: str
     teacher_model: Any = None
@@ -85,16 +84,18 @@ class Distillation(Objective):
             )
         object.__setattr__(self, "hidden_layers", tuple((int(s), int(t)) for s, t in pairs))
 
-    def bind(self, setting: Setting) -> Self:
-        return dataclasses.replace(self, setting=setting, student=self.student.bind(setting))
+    # --- host half, and what a trained model can be asked: the student's ---
 
-    def evaluation(self) -> Self:
-        return dataclasses.replace(self, student=self.student.evaluation())
+    @property
+    def parts(self) -> tuple[Objective]:
+        return (self.student,)
 
-    # --- host half: the student's ---
+    def with_parts(self, change: Callable[[Objective], Objective]) -> Self:
+        return dataclasses.replace(self, student=change(self.student))
 
-    def components(self) -> Mapping[str, tuple[Objective, float]]:
-        return self.student.components()
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        return self.student.architectures
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -103,10 +104,6 @@ class Distillation(Objective):
     @property
     def unit(self) -> Unit:
         return self.student.unit
-
-    @property
-    def lengths(self) -> Lengths:
-        return self.student.lengths
 
     def bounds(self, raw_length: int, rng: np.random.Generator) -> Lengths:
         return self.student.bounds(raw_length, rng)
@@ -117,22 +114,6 @@ class Distillation(Objective):
     @property
     def keeps_documents_apart(self) -> bool:
         return self.student.keeps_documents_apart
-
-    # --- what a trained model can be asked: the student's ---
-
-    @property
-    def named_tokens(self) -> Mapping[int, str]:
-        return self.student.named_tokens
-
-    @property
-    def reads_both_ways(self) -> bool:
-        return self.student.reads_both_ways
-
-    def infilling(self) -> Any | None:
-        return self.student.infilling()
-
-    def continuation(self, prefix: np.ndarray, rest: np.ndarray) -> Example | None:
-        return self.student.continuation(prefix, rest)
 
     def readable(self, row: Mapping[str, np.ndarray], reader: Any) -> Any | None:
         return self.student.readable(row, reader)
@@ -196,12 +177,29 @@ class Distillation(Objective):
         return ("distillation", self.student.device_key, *(getattr(self, name) for name in mine))
 
     def train_flops(self, config: Any, spec: Mapping[str, tuple]) -> float:
-        """The student's, and one forward pass of the teacher."""
+        """The student's, one forward pass of the teacher, and the projection of states."""
         from t5like.models.flops import forward_flops
 
         self._check(config)
-        own = self.student.train_flops(config, spec)
-        return own + forward_flops(self._teacher.config, spec, self.usual_predictions)
+        teacher = self._teacher.config
+        total = self.student.train_flops(config, spec)
+        total += forward_flops(teacher, spec, self.usual_predictions)
+        if self._projects_to(config) is not None:
+            (rows, length), _ = spec[f"{self._stack}_input_tokens"]
+            product = 2.0 * rows * length * config.d_model * teacher.d_model
+            total += 3 * product * len(self.hidden_layers)
+        return total
+
+    @property
+    def _stack(self) -> str:
+        """The one that predicts."""
+        return "encoder" if self.setting.architecture == "encoder" else "decoder"
+
+    def _projects_to(self, config: Any) -> int | None:
+        """The teacher's width, where states of another width are compared with it."""
+        if not self.hidden_weight or self._teacher.config.d_model == config.d_model:
+            return None
+        return self._teacher.config.d_model
 
     def network(self, config: Any) -> Any:
         """The student's, with `hidden_projection` where states of two widths are compared."""
@@ -209,15 +207,14 @@ class Distillation(Objective):
 
         if not self.hidden_weight:
             return self.student.network(config)
-        width = self._teacher.config.d_model
-        return heads_distillation.ComparedModel(config, width if width != config.d_model else None)
+        return heads_distillation.ComparedModel(config, self._projects_to(config))
 
     def losses(self, apply, params, frozen, batch, rng, train: bool) -> dict[str, Any]:
         from objectives import heads_distillation
 
         return heads_distillation.distillation_losses(
             apply, params, self._teacher.config, frozen, batch, rng, train,
-            stack="encoder" if self.setting.architecture == "encoder" else "decoder",
+            stack=self._stack,
             temperature=self.temperature,
             weight=self.weight,
             hidden_weight=self.hidden_weight,

@@ -97,10 +97,10 @@ class Electra(Masking):
         )
 
     def losses(self, apply, params, frozen, batch, rng, train: bool) -> dict[str, Any]:
-        from objectives import heads_rtd
+        from objectives import losses_rtd
 
         del frozen
-        return heads_rtd.replaced_token_losses(
+        return losses_rtd.replaced_token_losses(
             apply, params, batch, rng, train,
             stack=self.setting.architecture,
             task=self.task,

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from objectives.heads import token_losses
-from objectives.heads_rtd import DetectionHead, draft
+from objectives.heads_rtd import DetectionHead
+from objectives.losses_rtd import draft
 from t5like.models.config import ModelConfig
 from t5like.models.layers import Embed
 from t5like.models.transformer import Head, Transformer

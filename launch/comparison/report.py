@@ -109,8 +109,8 @@ def markdown(
         for m in metrics
     ]
     note = (
-        f"\nMean ± standard deviation over seeds {', '.join(map(str, config.seeds))}; bold: differs "
-        f"from {config.reference} by more than the 95% interval of the paired difference."
+        f"\nMean ± standard deviation over seeds {', '.join(map(str, config.seeds))}; bold: "
+        f"differs from {config.reference} by more than the 95% interval of the paired difference."
     )
     effects = ", ".join(
         f"{_title(m)} {_number(e)}" for m, e in zip(metrics, smallest, strict=True) if e == e

@@ -1,4 +1,4 @@
-"""The runs of a comparison: each is trained (or resumed), measured once, and kept as result.json."""
+"""The runs of a comparison: each is trained (or resumed), measured once, kept as result.json."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _run(config: CompareConfig, trial: Trial) -> dict[str, Any]:
     started = time.monotonic()
     resolved = config_lib.load(trial.pages, trial.bindings)
     trained = training.train_resolved(
-        resolved, str(trial.workdir), points=config.points, show_progress=False
+        resolved, str(trial.workdir), points=config.points, progress=False
     )
     seconds = time.monotonic() - started
     points = []
@@ -112,12 +112,13 @@ def _run(config: CompareConfig, trial: Trial) -> dict[str, Any]:
         last = step == trained.points[-1]
         names = config.measures if last else config.curve
         measures = measure(config, names, trial, step) if names else {}
-        points.append({"step": step, "flops": trained.flops_at(step), "measures": measures})
+        points.append({"step": step, "flops": trained.spent(step)[1], "measures": measures})
+    tokens, flops = trained.spent(trained.points[-1])
     result = {
         "steps": trained.points[-1],
-        "tokens": trained.tokens_at(trained.points[-1]),
-        "flops": trained.flops_at(trained.points[-1]),
-        "compiled_flops": trained.compiled_flops,
+        "tokens": tokens,
+        "flops": flops,
+        "compiled_flops": trained.result.compiled_flops,
         "seconds": seconds,
         "points": points,
     }

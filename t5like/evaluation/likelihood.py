@@ -14,7 +14,7 @@ from t5like.data.layout import lay_out
 from t5like.data.sources.base import Source
 from t5like.errors import UserError
 from t5like.evaluation import metrics, pieces
-from t5like.evaluation.model import TrainedModel, batches, components
+from t5like.evaluation.model import TrainedModel, batches
 from t5like.evaluation.pieces import Piece
 from t5like.inference.compiled import score_batch
 from t5like.inference.text import encode_after
@@ -131,8 +131,7 @@ class Infilling(_BitsPerByte):
     hidden: int = 24
 
     def _asker(self, model: TrainedModel) -> Callable[[Tokens], Example] | None:
-        formats = (part.infilling() for part in _parts(model))
-        known = next((found for found in formats if found is not None), None)
+        known = model.objective.infilling() if _generates(model) else None
         if known is None:
             return None
         return lambda tokens: Seq2Seq(
@@ -164,10 +163,9 @@ class Continuation(_BitsPerByte):
 
     def _asker(self, model: TrainedModel) -> Callable[[Tokens], Example] | None:
         some = np.array([model.vocabulary.pad_id], np.int32)
-        for part in _parts(model):
-            if part.continuation(some, some) is not None:
-                return lambda tokens, part=part: part.continuation(tokens[0], tokens[1])
-        return None
+        if not _generates(model) or model.objective.continuation(some, some) is None:
+            return None
+        return lambda tokens: model.objective.continuation(tokens[0], tokens[1])
 
     def _hide(self, text: str) -> Piece | None:
         return pieces.hide_end(text, self.share)
@@ -185,8 +183,5 @@ def without_last_eos(weights: np.ndarray, targets: np.ndarray, eos_id: int | Non
     return np.where(last & (targets == eos_id), np.float32(0), weights)
 
 
-def _parts(model: TrainedModel) -> list[Any]:
-    """The objective and those that it is made of; none where nothing generates."""
-    if model.objective is None or model.config.architecture == "encoder":
-        return []
-    return list(components(model.objective))
+def _generates(model: TrainedModel) -> bool:
+    return model.objective is not None and model.generates

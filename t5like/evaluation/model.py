@@ -40,16 +40,14 @@ class TrainedModel:
 
     @functools.cached_property
     def generates(self) -> bool:
-        """Whether the objective continues a text: then a decoder reads BOS before its own."""
+        """Whether it was trained to say text: then a decoder reads BOS before all else."""
         if self.config.architecture == "encoder":
             return False
         if self.objective is None:
             return True
         some = np.array([self.vocabulary.pad_id], np.int32)
-        return any(
-            objective.continuation(some, some) is not None
-            for objective in components(self.objective)
-        )
+        says = self.objective.infilling(), self.objective.continuation(some, some)
+        return any(answer is not None for answer in says)
 
     def rows(self, texts: Sequence[str], length: int) -> dict[str, np.ndarray]:
         """Texts as the model reads a whole document, cut to rows of `length` slots.
@@ -132,15 +130,6 @@ def embed(
 ) -> np.ndarray:
     """As `TrainedModel.embed`."""
     return model.embed(texts, length=length, batch_size=batch_size, pooling=pooling)
-
-
-def components(objective: Any) -> Iterator[Any]:
-    """The bound objective itself, then those that it draws from or passes through, in order."""
-    yield objective
-    parts = [part for part, _ in objective.components().values() if part is not objective]
-    for part in parts or getattr(objective, "tracks", dict)().values():
-        if part is not objective:
-            yield from components(part)
 
 
 def batches(

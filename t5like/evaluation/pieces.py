@@ -73,7 +73,7 @@ def hide_middle(text: str, characters: int, seed: int) -> Piece | None:
     gaps = _gaps(text)
     if len(gaps) < 2:
         return None
-    last = max(np.searchsorted(gaps, gaps[-1] - characters, "right"), 1)
+    last = max(int(np.searchsorted(gaps, gaps[-1] - characters, "right")), 1)
     start = gaps[_number(seed, text) % last]
     stop = gaps[min(np.searchsorted(gaps, start + characters), len(gaps) - 1)]
     return Piece(text[:start], text[start:stop], text[stop:])

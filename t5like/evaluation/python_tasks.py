@@ -52,8 +52,8 @@ class PythonStatements(ClassificationLoader):
       before, after: lines of context.
     """
 
-    train: int = 1500
-    test: int = 600
+    train: int = 1200
+    test: int = 500
     before: int = 2
     after: int = 2
 
@@ -129,8 +129,9 @@ class PythonFunctions(RetrievalLoader):
                 functions.setdefault(function.code, function.sentence)
         documents = tuple(functions)
         pairs, seen = [], set()
-        for place, sentence in enumerate(functions.values()):
-            if len(sentence.split()) >= self.min_words and sentence not in seen:
+        for place, (code, sentence) in enumerate(functions.items()):
+            told = sentence in seen or sentence in " ".join(code.split())
+            if len(sentence.split()) >= self.min_words and not told:
                 seen.add(sentence)
                 pairs.append((sentence, {place: 1.0}))
         count = round(self.train * len(pairs))

@@ -88,7 +88,7 @@ class FineTunedRetrieval(_BiEncoder):
     labelled: int = 50
     steps: int = 40
     queries_per_step: int = 16
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-3
     temperature: float = 0.05
 
     def measure(self, model: TrainedModel, seed: int) -> dict[str, float]:

@@ -3,57 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
-import itertools
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
 from etils import epath
 
 from t5like.data.plans import Plan
 from t5like.training import (
     cadence,
-    evaluation,
     mesh as mesh_lib,
-    peaks,
     signals,
     startup,
     step as step_lib,
-    tracks as tracks_lib,
     writers,
 )
 from t5like.training.checkpoints import Checkpoints
 from t5like.training.evaluation import HeldOut
 from t5like.training.init_from import InitFrom
-from t5like.training.meter import Meter
 from t5like.training.optimizers import Optimizer
+from t5like.training.running import Batch, FitResult, Loop, in_training
 from t5like.training.state import TrainState
 from t5like.training.tracks import Track
-
-Batch = dict[str, np.ndarray]
-
-# Updates the host may run ahead of the device; more would only hold more batches in memory.
-_IN_FLIGHT = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class FitResult:
-    """What a call of `fit` ends with.
-
-    Attributes:
-      state: the last state.
-      metrics: {split: the last log line of that split written by this call}.
-      stopped_by: "budget", or "nothing to do" where the workdir's run had finished before.
-    """
-
-    state: TrainState
-    metrics: dict[str, dict[str, Any]]
-    stopped_by: str
 
 
 def fit(
@@ -160,7 +132,7 @@ def fit(
             save_minutes=checkpoint_every_minutes,
         )
         steps_plan = plan(total_steps)
-        missed = startup.missed_evals(info, _in_training(evals, steps_plan, first), every)
+        missed = startup.missed_evals(info, in_training(evals, steps_plan, first), every)
         if info and (first > total_steps or (first == total_steps and not missed)):
             logging.warning("%s has done its %d updates: raise the budget to go on", folder, first)
             return FitResult(state, {}, "nothing to do")
@@ -189,7 +161,7 @@ def fit(
             name: step_lib.make_eval_step(track.loss_fn, track.paths)
             for name, track in tracks.items()
         }
-        loop = _Loop(
+        loop = Loop(
             tracks=tracks,
             plan=steps_plan,
             updates=updates,
@@ -208,172 +180,3 @@ def fit(
         iterator = batches(first)
         stack.callback(getattr(iterator, "close", lambda: None))
         return loop.run(state, info, iterator, missed)
-
-
-def _in_training(evals: Mapping[str, HeldOut], plan: Plan, step: int) -> list[str]:
-    """Names of the evaluations of what is in training when `step` updates are done."""
-    active = plan.active(step)
-    return [split for split, held_out in evals.items() if held_out.track in active]
-
-
-class _Loop:
-    """One call's worth of training; `fit` builds it and says what the arguments are."""
-
-    def __init__(
-        self,
-        *,
-        tracks,
-        plan,
-        updates,
-        eval_steps,
-        evals,
-        mesh,
-        seed,
-        every,
-        checkpoints,
-        record,
-        outputs,
-        hash_fn,
-        keep_best,
-        stop,
-    ):
-        self._tracks, self._plan, self._evals = tracks, plan, evals
-        self._updates, self._eval_steps = updates, eval_steps
-        self._compiled: dict[str, jax.stages.Compiled] = {}
-        self._put = functools.partial(mesh_lib.put_batch, mesh=mesh)
-        self._keys = [
-            mesh_lib.put_replicated(step_lib.run_key(seed, stream), mesh)
-            for stream in (step_lib.STEP_STREAM, step_lib.EVAL_STREAM)
-        ]
-        self._every, self._checkpoints, self._outputs = every, checkpoints, outputs
-        self._record, self._config_text = record
-        self._hash_fn, self._stop, self._keep_best = hash_fn, stop, keep_best
-        self._last_lines: dict[str, dict[str, Any]] = {}
-        self._stopwatch = cadence.Stopwatch()
-
-    def run(
-        self,
-        state: TrainState,
-        info: dict[str, Any],
-        batches: Iterator[tuple[int, Batch]],
-        missed: list[str],
-    ) -> FitResult:
-        self._state, step = state, int(state.step)
-        self._meter = Meter(info.get("meter"))
-        self._saved_step, self._saved_at = step if info else None, time.monotonic()
-        # What was done, not what is planned: a changed budget may have moved the phases.
-        self._done = dict(info.get("updates") or self._plan.counts(step))
-        self._line_spent = tracks_lib.spent(self._tracks, self._done)
-        if missed:
-            self._checkpoints.add_metrics(step, self._evaluate(step, missed))
-        for batch_step, batch in itertools.islice(batches, self._every.total_steps - step):
-            if batch_step != step:
-                raise ValueError(f"the loader gave the batch of step {batch_step}, not of {step}")
-            self._one_update(step, batch)
-            step += 1
-            self._after_update(step)
-        if step < self._every.total_steps:
-            raise ValueError(f"the loader ended at step {step} of {self._every.total_steps}")
-        return FitResult(self._state, self._last_lines, "budget")
-
-    def _one_update(self, step: int, batch: Batch) -> None:
-        track, _ = self._plan.at(step)
-        digest = str(self._hash_fn(batch)) if self._hash_fn else ""
-        # Whatever is not put on the devices by name is a mistake, and slow: it raises.
-        with jax.transfer_guard_host_to_device("disallow"):
-            arguments = self._state, self._put(batch), self._keys[0]
-            if track not in self._compiled:
-                self._compile(track, arguments)
-            self._state, metrics = self._compiled[track](*arguments)
-        self._done[track] += 1
-        self._meter.add(step + 1, track, metrics, digest)
-        self._meter.wait_for_all_but(_IN_FLIGHT)
-
-    def _compile(self, track: str, arguments: tuple[Any, ...]) -> None:
-        """Compiles a track's update ahead of its first call, off the clock."""
-        is_first = not self._compiled
-        with self._stopwatch.paused():
-            self._compiled[track] = self._updates[track].lower(*arguments).compile()
-        if is_first:
-            self._stopwatch.restart()  # Starting the loader is off the clock too.
-
-    def _after_update(self, step: int) -> None:
-        for output in self._outputs:
-            output.advance(step)
-        if self._every.due(self._every.log, step):
-            self._log(step)
-        with self._stopwatch.paused():
-            metrics = {}
-            if self._every.due(self._every.evaluate, step):
-                metrics = self._evaluate(step, _in_training(self._evals, self._plan, step))
-            # The best can be kept only if every one that is measured is saved.
-            measured = self._keep_best and bool(metrics)
-            if measured or self._every.save_due(step, time.monotonic() - self._saved_at):
-                self._save(step, metrics)
-            if self._stop.requested:
-                self._leave(step, metrics)
-
-    def _log(self, step: int) -> None:
-        values = self._meter.line(by_track=len(self._tracks) > 1)
-        tokens, flops = tracks_lib.spent(self._tracks, self._done)
-        seconds = max(self._stopwatch.seconds(), 1e-9)
-        rates = (tokens - self._line_spent[0]) / seconds, (flops - self._line_spent[1]) / seconds
-        self._line_spent = tokens, flops
-        self._stopwatch.restart()
-        peak = peaks.peak_flops(jax.devices()[0])
-        self._write(
-            {
-                "step": step,
-                "split": "train",
-                **values,
-                "tokens": tokens,
-                "tokens_per_second": rates[0],
-                "flops": flops,
-                "mfu": rates[1] / (peak * jax.device_count()) if peak else None,
-            }
-        )
-
-    def _evaluate(self, step: int, splits: Iterable[str]) -> dict[str, float]:
-        """Logs the evaluations of some splits; returns {"split/name": value}."""
-        metrics: dict[str, float] = {}
-        for split in splits:
-            held_out = self._evals[split]
-            try:
-                values = evaluation.evaluate(
-                    self._eval_steps[held_out.track],
-                    self._state.params,
-                    self._state.frozen,
-                    held_out.batches(),
-                    put=self._put,
-                    key=self._keys[1],
-                    stop=self._stop,
-                )
-            except evaluation.Interrupted:
-                self._leave(step, metrics)
-            self._write({"step": step, "split": split, **values})
-            metrics |= {f"{split}/{name}": value for name, value in values.items()}
-        return metrics
-
-    def _save(self, step: int, metrics: dict[str, float]) -> None:
-        """Saves, unless this step is saved; the meter has seen only finite numbers until here."""
-        if step == self._saved_step:
-            return
-        info = {
-            **self._record,
-            "step": step,
-            "updates": dict(self._done),  # Written in the background.
-            "metrics": metrics,
-            "meter": self._meter.snapshot(),
-        }
-        self._checkpoints.save(self._state, info, self._config_text)
-        self._saved_step, self._saved_at = step, time.monotonic()
-
-    def _leave(self, step: int, metrics: dict[str, float]) -> NoReturn:
-        self._save(step, metrics)
-        self._checkpoints.wait()
-        raise signals.Preempted(step)
-
-    def _write(self, line: dict[str, Any]) -> None:
-        self._last_lines[line["split"]] = line
-        for output in self._outputs:
-            output.write(line)

@@ -146,7 +146,7 @@ def test_continued_pretraining_from_another_objectives_checkpoint(base, biphasic
             "--gin.ModelConfig.architecture='decoder'",
             "--gin.ModelConfig.relative_bidirectional=True", "--gin.train.steps=1",
             f"--gin.train.init_from='{causal / 'checkpoints' / '4'}'",
-            "--gin.train.init_prefixes=['model/']", "--gin.Muon.learning_rate=0.0",
+            "--gin.train.init_prefixes=['model/']", "--gin.WarmupStableDecay.peak=0.0",
         ],
         tmp_path,
     )  # fmt: skip
@@ -234,15 +234,15 @@ def test_the_tokens_of_a_budget_do_not_depend_on_the_split(biphasic):
 
 
 def test_the_first_parameters_are_those_of_each_network_alone(parts):
-    _, data, found, params = parts
-    for network in found.values():
-        jax.tree.map(np.testing.assert_array_equal, network.init(jax.random.key(0)), params)
+    _, _, found, params = parts
+    key = jax.random.key(0)
+    jax.tree.map(np.testing.assert_array_equal, found["MaskedLM"].init(key), params)
     headed = with_head(found["CausalLM"], 3)
-    union = networks.union_of({**found, "headed": headed})(jax.random.key(0))
-    assert union.keys() == {"model", "head"}
-    for network in (*found.values(), headed):
-        own = network.init(jax.random.key(0))
-        jax.tree.map(np.testing.assert_array_equal, own, {name: union[name] for name in own})
+    union = networks.union_of({"headed": headed, "CausalLM": found["CausalLM"]})(key)
+    own = jax.jit(headed.init)(key)
+    assert union.keys() == own.keys() == {"model", "head"}
+    jax.tree.map(np.testing.assert_array_equal, union, own)
+    jax.tree.map(np.testing.assert_array_equal, union["model"], params["model"])
 
 
 def with_head(network, width):
@@ -260,3 +260,28 @@ def test_networks_that_disagree_about_a_parameter_are_refused(parts):
     heads = {name: with_head(found["CausalLM"], width) for name, width in (("a", 3), ("b", 4))}
     with pytest.raises(UserError, match="'a' and 'b' both have a parameter head/bias, .* \\[3\\]"):
         networks.union_of(heads)
+
+
+def test_each_track_reads_its_own_frozen_trees(parts):
+    @dataclasses.dataclass
+    class Frozen:
+        tree: object
+
+        def frozen(self, config):
+            return self.tree
+
+    _, data, found, _ = parts
+
+    def frozen(**trees):
+        tracks = {name: Frozen(tree) for name, tree in trees.items()}
+        return networks.assemble_frozen(dataclasses.replace(data, tracks=tracks))
+
+    assert frozen(a={"teacher": 1}) == {"teacher": 1}
+    assert frozen(a=None) is None and frozen(a=None, b=None) is None
+    both = frozen(CausalLM=None, MaskedLM={"teacher": 1})
+    reading = {
+        name: dataclasses.replace(network, loss=lambda params, frozen, *rest: frozen)
+        for name, network in found.items()
+    }
+    seen = {n: training.make_track(data, reading, n).loss_fn({}, both) for n in found}
+    assert seen == {"CausalLM": None, "MaskedLM": {"teacher": 1}}

@@ -7,11 +7,13 @@ import dataclasses
 import numpy as np
 import pytest
 
+from objectives.bart import Bart
 from objectives.causal_lm import CausalLM
 from objectives.codegen2 import CodeGen2
+from objectives.distillation import Distillation
 from objectives.electra import Electra
-from objectives.fim import FIM
 from objectives.ernie_gram import ErnieGram
+from objectives.fim import FIM
 from objectives.mlm import MaskedLM
 from objectives.prefix_lm import PrefixLM
 from objectives.prop import PROP
@@ -44,6 +46,9 @@ CASES = [
     (ErnieGram(bigrams=200, trigrams=50, min_count=1), "encoder"),
     (ErnieGram(cut="document", bigrams=200, trigrams=50, min_count=1), "decoder"),
     (ErnieGram(masking="contiguous", comprehensive=False, relation=False), "encoder"),
+    (Bart(), "encoder_decoder"),
+    (Bart(cut="window"), "encoder_decoder"),
+    (Distillation(student=UL2(), teacher_from="unread"), "decoder"),
     (Electra(), "encoder"),
     (Electra(cut="document"), "decoder"),
     (PROP(), "encoder"),

@@ -23,6 +23,7 @@ from t5like.errors import UserError
 from t5like.models.config import ModelConfig
 from t5like.models.flops import forward_flops
 from t5like.training.step import total_loss
+from tests.launch.runs import fail, metrics, succeed, tiny, write_text
 
 V = 1000
 
@@ -256,11 +257,13 @@ def test_examples_are_the_students(batches, record):
 
 def test_flops_count_the_teachers_forward_pass(batches):
     bound, batch = batches["encoder"]
+    spec = {name: (array.shape, array.dtype) for name, array in batch.items()}
     student, teacher = config("encoder"), config("encoder", width=64, layers=3)
-    objective = taught_by(bound, teacher)
-    expected = bound.train_flops(student, batch)
-    expected += forward_flops(teacher, batch, bound.usual_predictions)
-    assert objective.train_flops(student, batch) == expected
+    expected = bound.train_flops(student, spec)
+    expected += forward_flops(teacher, spec, bound.usual_predictions)
+    assert taught_by(bound, teacher).train_flops(student, spec) == expected
+    projecting = taught_by(bound, teacher, hidden_weight=1.0)
+    assert projecting.train_flops(student, spec) == expected + 3 * (2 * 3 * 32 * 16 * 64)
 
 
 @pytest.mark.parametrize(
@@ -309,3 +312,28 @@ def test_no_teacher_there(batches, tmp_path):
     objective = Distillation(student=MaskedLM(), teacher_from=str(tmp_path)).bind(bound.setting)
     with pytest.raises(UserError, match="teacher_from: there is no finished checkpoint"):
         objective.frozen(config("encoder"))
+
+
+# --- from the command line -------------------------------------------------------------------
+
+
+def test_a_smaller_student_of_a_finished_run(tmp_path):
+    text = write_text(tmp_path / "a.txt")
+    page = "--gin_file=gin_configs/objectives/{}.gin"
+
+    def arguments(name, objective, *more):
+        run = (*tiny(text), page.format(objective), f"--workdir={tmp_path / name}")
+        return (*run, "--gin.train.steps=2", *more)
+
+    succeed("train", *arguments("teacher", "causal_lm", "--gin.ModelConfig.num_layers=2"))
+    taught = f"--gin.Distillation.teacher_from='{tmp_path / 'teacher'}'"
+    student = arguments("student", "distillation_causal_lm", taught)
+    succeed("train", *student, "--gin.ModelConfig.d_model=16")
+    last = metrics(tmp_path / "student")[-1]
+    loss = 0.5 * (last["cross_entropy"] + last["z_loss"] + last["distillation"])
+    assert last["loss"] == pytest.approx(loss) and last["distillation"] > 0
+    # It has learned something, and is read with the depth that its own run recorded.
+    assert last["teacher_cross_entropy"] < metrics(tmp_path / "teacher")[0]["cross_entropy"]
+
+    other = arguments("other", "distillation", taught)
+    assert "is of architecture 'decoder', the student of 'encoder'" in fail("train", *other)

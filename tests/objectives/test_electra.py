@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from objectives import heads_rtd
 from objectives.electra import Electra
-from objectives.heads_rtd import draft
+from objectives.heads_rtd import TASKS
+from objectives.losses_rtd import draft, replaced_token_losses
 from t5like.data.layout import lay_out
 from t5like.data.rng import generator
 from t5like.errors import UserError
@@ -169,12 +169,12 @@ def test_an_untied_generator_is_a_whole_model_of_its_own():
     assert "model/encoder/layers_1/mlp/wi/kernel" not in names
 
 
-@pytest.mark.parametrize("task", heads_rtd.TASKS)
+@pytest.mark.parametrize("task", TASKS)
 def test_heads_are_those_that_the_task_needs(task):
     """And a small main network keeps one head in its generator."""
     objective = Electra(task=task, generator_width=0.1)
     names = names_of(objective, dataclasses.replace(BERT, num_kv_heads=2))
-    detects, predicts = heads_rtd.TASKS[task]
+    detects, predicts = TASKS[task]
     assert any(name.startswith("discriminator_head/") for name in names) == detects
     assert any(name.startswith("model/head/") for name in names) == predicts
     assert names["generator/encoder/layers_0/self_attention/query/kernel"].shape == (3, 8)
@@ -260,7 +260,7 @@ def terms_of(texts, replaced_logits, scores=None, token_logits=None, segment_ids
         "logits": lambda hidden: jnp.asarray(token_logits),
     }
 
-    def apply(variables, inputs, *, method, rngs, train=False):
+    def apply(variables, inputs, *, method, rngs=None, train=False):
         return says[method](inputs)
 
     batch = {
@@ -275,7 +275,7 @@ def terms_of(texts, replaced_logits, scores=None, token_logits=None, segment_ids
         discriminator_weight=50.0, temperature=0.0, disallow_correct=False, predictions=None,
     )  # fmt: skip
     key = jax.random.key(0)
-    return heads_rtd.replaced_token_losses(apply, {}, batch, key, False, **{**settings, **options})
+    return replaced_token_losses(apply, {}, batch, key, False, **{**settings, **options})
 
 
 def mean(term):

@@ -69,9 +69,8 @@ def test_logits_are_computed_for_as_many_positions_as_the_most_demanding_part_as
 
 
 def test_held_out_data_is_measured_as_each_part_measures_it(decoder):
-    mixture = Mixture(
-        objectives={"a": CausalLM(), "b": MaskedLM(rate=0.4, eval_rate=0.15)}
-    ).bind(decoder)
+    parts = {"a": CausalLM(), "b": MaskedLM(rate=0.4, eval_rate=0.15)}
+    mixture = Mixture(objectives=parts).bind(decoder)
     assert mixture.tracks()["b"].evaluation().rate == 0.15
     assert mixture.evaluation().objectives["b"].rate == 0.15
 

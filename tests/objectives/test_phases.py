@@ -10,7 +10,6 @@ from objectives.mlm import MaskedLM
 from objectives.phases import Phases
 from objectives.prefix_lm import PrefixLM
 from t5like.data.pipeline import Component, Pipeline
-from t5like.data.plans import PlannedBatches
 from t5like.errors import UserError
 from t5like.training.schedules import WarmupStableDecay
 from tests.data.tiny import MemoryCorpus
@@ -42,9 +41,7 @@ def test_the_switch_is_at_floor_of_the_fraction_or_at_the_step(decoder, until, t
     assert phases.ends(total) == (end,)
     tracks = [plan.at(step) for step in range(total)]
     switch = min(end, total)
-    assert tracks == [
-        ("CausalLM" if step < switch else "MaskedLM", step) for step in range(total)
-    ]
+    assert tracks == [("CausalLM" if step < switch else "MaskedLM", step) for step in range(total)]
     assert plan.counts(total) == {"CausalLM": switch, "MaskedLM": total - switch}
 
 
