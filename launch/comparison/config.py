@@ -10,6 +10,11 @@ from typing import Any
 from t5like.errors import UserError
 
 
+def folder(name: str) -> str:
+    """The folder of a run: its name with a dash for all but letters, digits, "." and "_"."""
+    return re.sub(r"[^\w.]+", "-", name).strip("-.")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompareConfig:
     """A comparison. gin calls it `compare`: `--gin.compare.seeds=[0]`.
@@ -50,11 +55,13 @@ class CompareConfig:
             raise UserError("one budget is needed: set compare.tokens or compare.flops, not both")
         if not self.runs or not self.measures or not self.seeds:
             raise UserError("compare.runs, compare.measures and compare.seeds must not be empty")
+        folders: dict[str, str] = {}
         for name in self.runs:
-            if not re.fullmatch(r"[\w.+-][\w.+ -]*", name):
+            other = folders.setdefault(folder(name), name)
+            if other != name or not folder(name):
                 raise UserError(
-                    f"compare.runs has {name!r}; names become folders: use letters, digits, "
-                    "spaces and . _ + -"
+                    f"compare.runs has {other!r} and {name!r}, whose folders would be called "
+                    f"{folder(name)!r} both: name one otherwise"
                 )
         for field, names, known in (
             ("factors", self.factors, self.runs),
@@ -79,4 +86,4 @@ class CompareConfig:
     def budget(self, name: str) -> tuple[str, float]:
         """("tokens" or "flops", how many) for one run."""
         kind = "tokens" if self.flops is None else "flops"
-        return kind, getattr(self, kind) * self.factors.get(name, 1.0)
+        return kind, float(getattr(self, kind)) * self.factors.get(name, 1.0)

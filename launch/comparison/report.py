@@ -159,8 +159,8 @@ def plot(config: CompareConfig, results: Results) -> bytes:
 
     shown = [name for name in results if name not in config.hidden]
     metrics = _plotted(config, results, shown)
-    columns = min(3, len(metrics))
-    rows = -(-len(metrics) // columns)
+    columns = min(3, max(1, len(metrics)))
+    rows = max(1, -(-len(metrics) // columns))
     figure = Figure(figsize=(4.2 * columns + 1.6, 3.2 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis, metric in zip(axes, metrics, strict=False):

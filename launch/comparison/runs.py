@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from launch import config as config_lib
-from launch.comparison.config import CompareConfig
+from launch.comparison.config import CompareConfig, folder
 from t5like.data.atomic import writing
 from t5like.errors import UserError
 
@@ -41,7 +41,9 @@ class Trial:
 def trials(config: CompareConfig, workdir: epath.Path) -> Iterator[Trial]:
     """Every run of every seed: all runs of the first seed, then of the second ..."""
     for seed in config.seeds:
-        places = {name: str(workdir / "runs" / name / f"seed-{seed}") for name in config.runs}
+        places = {
+            name: str(workdir / "runs" / folder(name) / f"seed-{seed}") for name in config.runs
+        }
         for name in config.runs:
             yield _trial(config, name, seed, places, workdir)
 

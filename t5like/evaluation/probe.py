@@ -29,6 +29,8 @@ class LinearProbe:
       pooling: see TrainedModel.embed.
       strengths: candidates for scikit-learn's C.
       validation: share of the train texts that chooses among them; drawn by the seed.
+      shuffle_labels: give the train texts each other's labels, by the seed: a control, whose
+        accuracy is that of chance if nothing leaks from train to test.
     """
 
     task: ClassificationLoader
@@ -37,6 +39,7 @@ class LinearProbe:
     pooling: Pooling = "mean"
     strengths: Sequence[float] = (0.001, 0.01, 0.1, 1.0)
     validation: float = 0.2
+    shuffle_labels: bool = False
 
     higher_is_better: ClassVar[dict[str, bool]] = {"accuracy": True}
 
@@ -47,8 +50,11 @@ class LinearProbe:
             model.embed(texts, length=self.length, batch_size=self.batch_size, pooling=self.pooling)
             for texts in (task.train_texts, task.test_texts)
         )
+        labels = task.train_labels
+        if self.shuffle_labels:
+            labels = generator(seed, "shuffled labels").permutation(labels)
         fit = fit_probe(
-            train, task.train_labels,
+            train, labels,
             strengths=self.strengths, validation=self.validation, seed=seed,
         )  # fmt: skip
         return {"accuracy": metrics.accuracy(fit.predict(test), task.test_labels)}

@@ -4,8 +4,10 @@ import dataclasses
 import pathlib
 
 import pytest
+from etils import epath
 
 from launch import cli, config, registry, training
+from launch.comparison import runs
 from t5like.errors import UserError
 
 QUICKSTART = "gin_configs/runs/quickstart.gin"
@@ -20,18 +22,39 @@ def error(*bindings, files=(QUICKSTART,)):
     return message
 
 
-@pytest.mark.parametrize("page", PAGES)
+COMPARISONS = [p for p in PAGES if "/papers/" in p]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if "/papers/" not in p and "/evals/" not in p])
 def test_every_page_builds_on_the_quickstart(page):
     files = [QUICKSTART] if page == QUICKSTART else [QUICKSTART, page]
     run = config.load(files, ["train.steps = 1"]).run
     assert dataclasses.is_dataclass(run.model) and dataclasses.is_dataclass(run.objective)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if "/runs/" in p or "/papers/" in p])
+def head_of(page):
+    return (config.PAGES.parent / page).read_text().split("\n\n")[0]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if "/runs/" in p])
 def test_every_run_page_stands_alone_and_states_its_command(page):
     assert config.load([page]).run.steps is not None
-    head = (config.PAGES.parent / page).read_text().split("\n\n")[0]
-    assert page in head and head.startswith("#"), "a run page starts with its command"
+    assert page in head_of(page) and head_of(page).startswith("#"), "it starts with its command"
+
+
+@pytest.mark.parametrize("page", COMPARISONS)
+def test_every_comparison_builds_with_all_its_runs_and_says_what_it_expects(page, tmp_path):
+    compare = config.load([page], root="compare").run
+    assert compare.expected and len(compare.seeds) >= 2
+    assert page in head_of(page) and head_of(page).startswith("#"), "it starts with its command"
+    for trial in runs.trials(dataclasses.replace(compare, seeds=[0]), epath.Path(tmp_path)):
+        config.load(trial.pages, trial.bindings)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if "/evals/" in p])
+def test_every_page_of_measures_completes_a_comparison(page):
+    bindings = ["compare.base = []", "compare.runs = {'a': []}", "compare.tokens = 1"]
+    assert config.load([page], bindings, root="compare").run.measures
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if "/models/" in p])
