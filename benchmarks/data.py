@@ -4,8 +4,9 @@
     python benchmarks/data.py --data=FILE.txt       # a document a line
     python benchmarks/data.py --vocabulary=spiece.model
 
-Prints a markdown table. Needs tensorflow-text and seqio; the preprocessors are T5's own where
-the `t5` package is installed, else the same steps written with tf.data here.
+Prints a markdown table, and that of corruption.py for every objective. Needs tensorflow-text and
+seqio; the preprocessors are T5's own where the `t5` package is installed, else the same steps
+written with tf.data here.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import corruption
 import numpy as np
 
 from objectives.base import Setting
@@ -115,6 +117,7 @@ def report(source, text, vocabulary, folder, arguments) -> None:
     print(row(f"text to batches (beside: seqio, {origin})", ours_all, seqio_all))
     print(f"| first batch, seconds (imports of the executor included) | {first:.2f} | | |")
     print(f"| blocked in next(batch), step of {arguments.step_seconds} s | {blocked:.2%} | | |")
+    print("\n" + corruption.measured())
 
 
 def row(what: str, ours: float, theirs: float | None) -> str:

@@ -91,7 +91,8 @@ class Bart(NextToken):
         """int64 [S], of no more spans than masked tokens, so that inputs never outgrow the text."""
         masked = round(self.mask_rate * length)
         edges = np.minimum(rng.poisson(self.mean_span_length, masked).cumsum(), masked)
-        count = min(masked, int(edges.searchsorted(masked)) + 1)
+        edges[-1:] = masked
+        count = int(edges.searchsorted(masked)) + 1 if masked else 0
         return np.diff(edges[:count], prepend=0)
 
     def corrupt(self, record: Record, rng: np.random.Generator) -> Seq2Seq:

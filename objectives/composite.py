@@ -10,7 +10,9 @@ from typing import Any, Self
 import numpy as np
 
 from objectives.base import Objective, Setting
+from objectives.special_tokens import PLACES
 from t5like.data.examples import Example, Lengths
+from t5like.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Composite(Objective):
 
     def bind(self, setting: Setting) -> Self:
         bound = self.with_parts(lambda part: part.bind(setting))
+        _check_meanings(bound.parts, setting.vocabulary)
         return dataclasses.replace(bound, setting=setting)
 
     def evaluation(self) -> Self:
@@ -59,6 +62,21 @@ class Composite(Objective):
 
     def continuation(self, prefix: np.ndarray, rest: np.ndarray) -> Example | None:
         return _first(part.continuation(prefix, rest) for part in self.parts)
+
+
+def _check_meanings(parts: Sequence[Objective], vocabulary: Any) -> None:
+    """Raises UserError where a sentinel marks spans for one part and has a name for another."""
+    named = [{i: n for i, n in part.named_tokens.items() if n in PLACES} for part in parts]
+    for spans, names in itertools.permutations(range(len(parts)), 2):
+        form = parts[spans].infilling()
+        clash = [names_of for i, names_of in named[names].items() if form and i in form.marks]
+        if clash:
+            least = len(form.marks) + len(PLACES)
+            raise UserError(
+                f"{type(parts[spans]).__name__} marks its spans with a sentinel that is {clash[0]} "
+                f"to {type(parts[names]).__name__}: raise {type(vocabulary).__name__}.extra_ids to "
+                f"{least}"
+            )
 
 
 def _first(answers: Iterator[Any]) -> Any | None:

@@ -11,7 +11,14 @@ from typing import Literal, Self
 import numpy as np
 
 from objectives.base import Setting
-from objectives.next_token import Cut, NextToken, append, check_range, several_documents
+from objectives.next_token import (
+    Cut,
+    NextToken,
+    append,
+    check_choice,
+    check_range,
+    several_documents,
+)
 from objectives.segments import rewritten, segments
 from objectives.special_tokens import special_tokens
 from t5like.data.examples import Document, Lengths, Record, Seq2Seq, Unit, Window
@@ -77,7 +84,7 @@ class FIM(NextToken):
         super().__post_init__()
         check_range(self, "fim_rate", 0.0, 1.0)
         check_range(self, "spm_rate", 0.0, 1.0)
-        check_range(self, "spm_variant", 1, 2)
+        check_choice(self, "spm_variant", (1, 2))
         if self.max_permuted is not None:
             check_range(self, "max_permuted", 1, 1e6)
 

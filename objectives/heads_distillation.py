@@ -102,7 +102,7 @@ def distillation_losses(
             "teacher_cross_entropy": cross_entropy(soft, targets, weights).loss_sum,
         }
 
-    found = at_asked(sums, weights, predictions, ours[-1], theirs[-1], targets, weights)
+    found = at_asked(sums, weights > 0, predictions, ours[-1], theirs[-1], targets, weights)
     coefficients = {"cross_entropy": 1.0 - weight, "z_loss": 1.0 - weight, "distillation": weight}
     asked = jnp.sum(weights)
     terms = {

@@ -51,8 +51,10 @@ class Mixture(Composite):
                 raise UserError(
                     f"Mixture.objectives[{name!r}] is {objective!r}; write @Name() of an objective"
                 )
-            if not isinstance(name, str) or "/" in name or not name:
-                raise UserError(f"Mixture.objectives has the name {name!r}; use one without '/'")
+            if not isinstance(name, str) or set("/+") & set(name) or not name:
+                raise UserError(
+                    f"Mixture.objectives has the name {name!r}; use one without '/' and '+'"
+                )
         rates = self.rates
         if rates is not None and set(rates) != set(self.objectives):
             raise UserError(

@@ -146,7 +146,7 @@ class SpanCorruption(NextToken):
 
     def infilling(self) -> Sentinels:
         return Sentinels(
-            self.setting.vocabulary.sentinels,
+            self.setting.vocabulary.sentinels[: self.sentinels_needed],
             self._eos,
             bidirectional_inputs=self.bidirectional_inputs,
         )

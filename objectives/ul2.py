@@ -97,6 +97,11 @@ class UL2(NextToken):
                 f"UL2.mode_tokens is {self.mode_tokens}; name a token for mode {min(missing)!r} "
                 "too, or set it to None"
             )
+        texts = list((self.mode_tokens or {}).values())
+        if len(set(texts)) < len(texts):
+            raise UserError(
+                f"UL2.mode_tokens is {self.mode_tokens}; give each mode a token of its own"
+            )
 
     def bind(self, setting: Setting) -> Self:
         bound = super().bind(setting)
@@ -180,7 +185,10 @@ class UL2(NextToken):
         mode = next((m for m in "RX" if any(d.mode == m for d in self.denoisers)), None)
         if mode is None:
             return None
-        return Sentinels(self._sentinels, self._eos, self.mode_ids(mode), self.bidirectional_inputs)
+        taught = max(p.inner.sentinels_needed for p in self._parts if p.denoiser.mode == mode)
+        return Sentinels(
+            self._sentinels[:taught], self._eos, self.mode_ids(mode), self.bidirectional_inputs
+        )
 
     def continuation(self, prefix: np.ndarray, rest: np.ndarray) -> Seq2Seq | None:
         """As the first S denoiser asks for it; None without one."""

@@ -14,6 +14,7 @@ import os
 import pathlib
 import tempfile
 import time
+import zipfile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -173,9 +174,9 @@ def build(
     path = None
     if cache_dir is not None:
         path = local(cache_dir) / f"{name}.npz"
-        if path.exists():
-            with np.load(path) as arrays:
-                return Lexicon(vocabulary.size, arrays["bigrams"], arrays["trigrams"])
+        known = _read(path, vocabulary.size)
+        if known is not None:
+            return known
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
     excluded = np.zeros(vocabulary.size, bool)
@@ -198,6 +199,15 @@ def build(
         with replacing(path) as stream:
             np.savez(stream, bigrams=chosen[2], trigrams=chosen[3])
     return lexicon
+
+
+def _read(path: pathlib.Path, vocabulary_size: int) -> Lexicon | None:
+    """What the file holds; None where there is none, or a damaged one, to be written again."""
+    try:
+        with np.load(path) as arrays:
+            return Lexicon(vocabulary_size, arrays["bigrams"], arrays["trigrams"])
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
 
 
 def _best(counts: ngrams.Counts, n: int, most: int, min_count: int) -> np.ndarray:

@@ -32,6 +32,10 @@ class InfillFormat(Protocol):
     most_blanks: int
     bidirectional_inputs: bool
 
+    @property
+    def marks(self) -> Ids:
+        """int32, the tokens that stand for a blank, in order of use; empty where none does."""
+
     def prompt(self, parts: Sequence[Ids]) -> Ids:
         """The model's input: n + 1 parts of a text, any of them empty, around n blanks."""
 
@@ -105,6 +109,10 @@ class Sentinels:
     bidirectional_inputs: bool = True
 
     @property
+    def marks(self) -> Ids:
+        return self.sentinels
+
+    @property
     def stop_id(self) -> int:
         return self.eos_id
 
@@ -151,6 +159,10 @@ class MaskedSpans:
     bidirectional_inputs: bool = False
 
     @property
+    def marks(self) -> Ids:
+        return self.masks
+
+    @property
     def stop_id(self) -> int:
         return self.eom_id
 
@@ -195,6 +207,10 @@ class PrefixSuffixMiddle:
     eos_id: int
     bidirectional_inputs: bool = False
     most_blanks: int = 1
+
+    @property
+    def marks(self) -> Ids:
+        return np.empty(0, np.int32)
 
     @property
     def stop_id(self) -> int:

@@ -18,7 +18,8 @@ from .runs import ROOT, fail, run, succeed, write_text
 PAGE = """
 compare.base = ['gin_configs/runs/small.gin', 'train.source = @TextSource()',
     'train.vocabulary = @ByteVocabulary()', 'ModelConfig.num_layers = 1',
-    'ModelConfig.d_model = 32', 'ModelConfig.d_ff = 32', 'ModelConfig.num_heads = 2', 'ModelConfig.head_dim = 16',
+    'ModelConfig.d_model = 32', 'ModelConfig.d_ff = 32', 'ModelConfig.num_heads = 2',
+    'ModelConfig.head_dim = 16',
     'train.batch_size = 4', "TextSource.paths = '{text}'"]
 compare.runs = {{
     'mlm': [],

@@ -35,11 +35,19 @@ def test_counts_are_exact_and_bounds_are_met(bound, record):
         example = objective.corrupt(record(length, seed), generator(seed, "x"))
         masks = int((example.inputs == MASK).sum())
         kept = len(example.inputs) - masks - 1
-        # A text so short that its only span is drawn empty keeps all its tokens.
-        assert kept == length - round(0.3 * length) or (length < 5 and kept == length)
+        assert kept == length - round(0.3 * length)
         assert objective.bounds(length, generator(seed, "x")).inputs == len(example.inputs)
         assert len(example.inputs) <= 512 and example.inputs[-1] == EOS
         assert example.targets.tolist() == [*record(length, seed).tokens, EOS]
+
+
+@pytest.mark.parametrize(("mean", "length"), [(3.0, 16), (1.0, 64), (1.0, 512), (3.0, 3)])
+def test_inputs_never_outgrow_the_row_however_short_the_spans(bound, record, mean, length):
+    objective = bound(length, mean_span_length=mean)
+    raw = length - 1
+    for seed in range(300):
+        assert len(objective.corrupt(record(raw, seed), generator(seed, "x")).inputs) <= length
+        assert objective.bounds(raw, generator(seed, "x")).inputs <= length
 
 
 def numbered(length):
