@@ -5,8 +5,11 @@
 
 Writes comparison.json, comparison.md (the table, also printed) and comparison.png to the workdir,
 anew after every run, so that what is there is always whole. Run again after an interruption: runs
-that are done are kept, the one that was cut short resumes. Bindings on the command line are of the
-comparison (`--gin.compare.seeds=[0]`); what a run is made of stands in compare.runs.
+that are done are kept, the one that was cut short resumes; changed measures are taken again of
+runs that are trained. Bindings on the command line are of the comparison
+(`--gin.compare.seeds=[0]`); what a run is made of stands in compare.runs.
+
+Exit status: as launch/train.py's.
 """
 
 from __future__ import annotations
@@ -31,21 +34,37 @@ def main(arguments: list[str]) -> int:
     from etils import epath
 
     from launch import config
-    from launch.comparison import report, runs
+    from launch.comparison.trials import trials
+    from launch.training import stoppable
 
     compare = config.load(FLAGS.gin_file, FLAGS.gin_bindings, root="compare").run
     workdir = epath.Path(FLAGS.workdir)
+    planned = trials(compare, workdir)
     cache_compilations(workdir)
-    planned = list(runs.trials(compare, workdir))
-    results: dict[str, dict[int, dict]] = {}
-    table = ""
+    return stoppable(lambda: run_all(compare, planned, workdir))
+
+
+def run_all(compare, planned, workdir) -> int:
+    """Makes the runs that are not done yet; writes the report before the first and after each."""
+    from launch.comparison import report, runs
+
+    done = {(t.name, t.seed): runs.finished(compare, t) for t in planned}
     for number, trial in enumerate(planned, 1):
         print(f"[{number}/{len(planned)}] {trial.name}, seed {trial.seed}", flush=True)
-        result = runs.finished(trial) or runs.run(compare, trial)
-        results.setdefault(trial.name, {})[trial.seed] = result
-        table = report.write(compare, results, workdir)
-    print(table)
+        if done[trial.name, trial.seed] is None:
+            done[trial.name, trial.seed] = runs.run(compare, trial)
+            report.write(compare, by_run(compare, done), workdir)
+    print(report.write(compare, by_run(compare, done), workdir))
     return 0
+
+
+def by_run(compare, done) -> dict[str, dict[int, dict]]:
+    """{run: {seed: result}} of what is done, in the order of compare.runs."""
+    found = {
+        name: {seed: done[name, seed] for seed in compare.seeds if done[name, seed] is not None}
+        for name in compare.runs
+    }
+    return {name: results for name, results in found.items() if results}
 
 
 def cache_compilations(workdir) -> None:

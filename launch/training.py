@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 from etils import epath
 
 from launch import assemble, cli, config as config_lib
+from launch.files import write_whole
 from launch.networks import Network, assemble_frozen, assemble_networks, union_of
 from launch.run_config import FREE, RunConfig
 from t5like.data.loader import load
@@ -34,8 +34,18 @@ LOST = ("UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED", "CANCELLED")
 def train(gin_files: Sequence[str], bindings: Sequence[str], workdir: str) -> int:
     """Runs or resumes the configured training in `workdir`; returns the exit status."""
     resolved = config_lib.load(gin_files, bindings)
+
+    def run() -> int:
+        tell_next(train_resolved(resolved, workdir).result, workdir)
+        return 0
+
+    return stoppable(run)
+
+
+def stoppable(run: Callable[[], int]) -> int:
+    """The exit status of a command that trains: `run`'s own, or what it was stopped by."""
     try:
-        result = train_resolved(resolved, workdir).result
+        return run()
     except Preempted as stopped:
         cli.complain(stopped)
         return stopped.exit_status
@@ -44,8 +54,6 @@ def train(gin_files: Sequence[str], bindings: Sequence[str], workdir: str) -> in
             raise
         cli.complain(UserError(f"a device or host was lost ({error}): run the command again"))
         return RESTART
-    tell_next(result, workdir)
-    return 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +62,7 @@ class Trained:
 
     Attributes:
       result: what `fit` returned.
-      points: steps whose checkpoints were asked for and kept, the last one among them.
+      points: steps whose checkpoints are kept for `train_resolved`'s points; the last is the end.
       spent: step -> (tokens, model FLOPs) until then.
     """
 
@@ -64,13 +72,13 @@ class Trained:
 
 
 def train_resolved(
-    resolved: config_lib.Resolved, workdir: str, *, points: int | None = None, progress: bool = True
+    resolved: config_lib.Resolved, workdir: str, *, points: int = 1, progress: bool = True
 ) -> Trained:
     """Runs or resumes a training in `workdir`; see `fit` for what is raised.
 
     Args:
-      points: checkpoints to save and keep, evenly spaced over the run, in place of the
-        configuration's; None: as configured.
+      points: evenly spaced checkpoints to keep besides those that are configured, the end's
+        among them.
       progress: whether it is shown on the screen.
     """
     run: RunConfig = resolved.run
@@ -85,11 +93,9 @@ def train_resolved(
     total_steps = Budget(run.steps, run.tokens, run.flops).total_steps(
         lambda steps: spent(tracks, plan(steps).counts(steps))
     )
-    if points is not None:
-        every = max(1, total_steps // points)
-        run = dataclasses.replace(run, checkpoint_every_steps=every, keep=points + 1)
+    kept = sorted({max(1, round(total_steps * k / points)) for k in range(1, points + 1)})
     batches = PlannedBatches(data.pipelines, plan(total_steps))
-    write_config(workdir, resolved.text())
+    write_whole(epath.Path(workdir) / "config.gin", resolved.text())
     result = fit(
         init_fn=union_of(networks),
         tracks=tracks,
@@ -113,6 +119,7 @@ def train_resolved(
         checkpoint_every_minutes=run.checkpoint_every_minutes,
         keep=run.keep,
         keep_best=f"{run.keep_best}/loss" if run.keep_best else None,
+        points=frozenset(kept[:-1]),
         accumulate=run.accumulate,
         init_from=starting_point(run),
         frozen=assemble_frozen(data),
@@ -128,12 +135,7 @@ def train_resolved(
         params, limit = result.state.params, run.eval_batches
         quality.report(data, networks[name], pipeline, params, workdir, limit)
     counts = plan(total_steps).counts
-    saved = [every * k for k in range(1, points)] if points is not None else []
-    return Trained(
-        result,
-        points=(*(step for step in saved if step < total_steps), total_steps),
-        spent=lambda step: spent(tracks, counts(step)),
-    )
+    return Trained(result, tuple(kept), lambda step: spent(tracks, counts(step)))
 
 
 def make_track(data: assemble.Data, networks: Mapping[str, Network], name: str) -> Track:
@@ -180,15 +182,6 @@ def check_workdir(workdir: str, same: dict[str, str]) -> None:
             continue
         identity.compare(info["identity"], same, workdir)
         return
-
-
-def write_config(workdir: str, text: str) -> None:
-    """Writes the resolved configuration, whole or not at all."""
-    directory = epath.Path(workdir)
-    directory.mkdir(parents=True, exist_ok=True)
-    fresh = directory / f"config.gin.tmp-{os.getpid()}"
-    fresh.write_text(text)
-    fresh.replace(directory / "config.gin")
 
 
 def slots(pipeline: Pipeline) -> int:

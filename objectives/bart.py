@@ -92,8 +92,7 @@ class Bart(NextToken):
         masked = round(self.mask_rate * length)
         edges = np.minimum(rng.poisson(self.mean_span_length, masked).cumsum(), masked)
         edges[-1:] = masked
-        count = int(edges.searchsorted(masked)) + 1 if masked else 0
-        return np.diff(edges[:count], prepend=0)
+        return np.diff(edges[: edges.searchsorted(masked) + 1], prepend=0)
 
     def corrupt(self, record: Record, rng: np.random.Generator) -> Seq2Seq:
         spans = self._span_lengths(len(record.tokens), rng)

@@ -116,6 +116,14 @@ class Objective:
         """Whether a decoder trained on this sees a text it is given in both directions."""
         return False
 
+    @property
+    def reads_in_place(self) -> bool:
+        """Whether a decoder trained on this reads each token at its own slot, seeing both sides.
+
+        As masked language modelling trains it; otherwise it reads BOS, and every token a slot late.
+        """
+        return False
+
     def infilling(self) -> Any | None:
         """How blanks are asked for and answered (see t5like/inference/infill.py), or None."""
         return None

@@ -6,12 +6,12 @@ import dataclasses
 
 import numpy as np
 
-from objectives.next_token import NextToken, append, several_documents
+from objectives.next_token import CausalText, all_predicted, append, several_documents
 from t5like.data.examples import Document, Lengths, Record, Seq2Seq, Unit, Window
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CausalLM(NextToken):
+class CausalLM(CausalText):
     """Predicts every token from those before it (Radford et al. 2018, section 3.1, equation 1).
 
     The stream is T5's `full_lm`: documents one after another, an EOS at the end of each and
@@ -23,17 +23,11 @@ class CausalLM(NextToken):
     65,536 tokens.
     """
 
-    architectures = ("decoder",)
-
     @property
     def unit(self) -> Unit:
         if self.cut == "document":
             return Document(max(self.setting.length - 1, 1))
         return Window(self.setting.length, separator=self._eos)
-
-    @property
-    def lengths(self) -> Lengths:
-        return Lengths(self.setting.length)
 
     def bounds(self, raw_length: int, rng: np.random.Generator) -> Lengths:
         return Lengths(0, raw_length + (self.cut == "document"))
@@ -42,11 +36,4 @@ class CausalLM(NextToken):
         targets = record.tokens
         if self.cut == "document" and record.ends_document:
             targets = append(targets, self._eos)
-        return Seq2Seq(
-            inputs=np.empty(0, np.int32),
-            targets=targets,
-            target_documents=several_documents(record),
-        )
-
-    def continuation(self, prefix: np.ndarray, rest: np.ndarray) -> Seq2Seq:
-        return Seq2Seq(prefix, append(rest, self._eos), bidirectional_inputs=False)
+        return all_predicted(targets, several_documents(record))

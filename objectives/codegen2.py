@@ -12,7 +12,13 @@ import numpy as np
 
 from objectives import noise
 from objectives.base import Setting
-from objectives.next_token import NextToken, append, check_range, several_documents
+from objectives.next_token import (
+    CausalText,
+    all_predicted,
+    append,
+    check_range,
+    several_documents,
+)
 from objectives.segments import rewritten, segments
 from objectives.special_tokens import sentinels_left, special_tokens
 from t5like.data.examples import Document, Lengths, Record, Seq2Seq, Unit, Window
@@ -23,11 +29,12 @@ _NAMES = ("<sep>", "<eom>")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CodeGen2(NextToken):
+class CodeGen2(CausalText):
     """Half causal language modelling, half infilling of spans that are moved to the end.
 
-    Nijkamp et al. 2023 and the model card of CodeGen2. With probability `infill_rate` the
-    documents of a record are infilled one by one, else the record is the causal stream. Of a
+    Nijkamp et al. 2023 ("CodeGen2: Lessons for Training LLMs on Programming and Natural
+    Languages", arXiv 2305.02309) and the model card of CodeGen2. With probability `infill_rate`
+    the documents of a record are infilled one by one, else the record is the causal stream. Of a
     document `a s1 b s2 c`, the spans s1 and s2 are hidden:
 
         a <mask_1> b <mask_2> c EOS <sep> <mask_1> s1 <eom> <mask_2> s2 <eom>
@@ -63,8 +70,6 @@ class CodeGen2(NextToken):
       max_spans: most spans of a record, and so the masks that the model learns. None: one more
         than max_ratio asks for on average, as far as the vocabulary has masks.
     """
-
-    architectures = ("decoder",)
 
     infill_rate: float = 0.5
     min_ratio: float = 0.05
@@ -139,9 +144,6 @@ class CodeGen2(NextToken):
         masks = {int(mask): f"<mask_{k}>" for k, mask in enumerate(self._format.masks, 1)}
         return masks | {token: name for name, token in self._special.items()}
 
-    def continuation(self, prefix: np.ndarray, rest: np.ndarray) -> Seq2Seq:
-        return Seq2Seq(prefix, append(rest, self._eos), bidirectional_inputs=False)
-
     # --- lengths ---
 
     def _most_spans(self, raw_length: int) -> int:
@@ -168,10 +170,6 @@ class CodeGen2(NextToken):
         if self.cut == "document":
             return Document(self._raw_length)
         return Window(self._raw_length, separator=self._eos)
-
-    @property
-    def lengths(self) -> Lengths:
-        return Lengths(self.setting.length)
 
     def bounds(self, raw_length: int, rng: np.random.Generator) -> Lengths:
         return Lengths(0, self._grown(raw_length, len(self._wanted(raw_length, rng))))
@@ -201,12 +199,7 @@ class CodeGen2(NextToken):
         if len(lengths):
             spans = _placed(lengths, len(record.tokens), rng)
             tokens, documents = self._infilled(tokens, documents, spans)
-        return Seq2Seq(
-            inputs=np.empty(0, np.int32),
-            targets=tokens,
-            target_documents=documents,
-            bidirectional_inputs=False,
-        )
+        return all_predicted(tokens, documents)
 
     def _infilled(
         self, tokens: np.ndarray, documents: np.ndarray | None, spans: noise.Spans

@@ -57,6 +57,10 @@ class Composite(Objective):
     def reads_both_ways(self) -> bool:
         return any(part.reads_both_ways for part in self.parts)
 
+    @property
+    def reads_in_place(self) -> bool:
+        return any(part.reads_in_place for part in self.parts)
+
     def infilling(self) -> Any | None:
         return _first(part.infilling() for part in self.parts)
 
@@ -65,18 +69,34 @@ class Composite(Objective):
 
 
 def _check_meanings(parts: Sequence[Objective], vocabulary: Any) -> None:
-    """Raises UserError where a sentinel marks spans for one part and has a name for another."""
-    named = [{i: n for i, n in part.named_tokens.items() if n in PLACES} for part in parts]
-    for spans, names in itertools.permutations(range(len(parts)), 2):
-        form = parts[spans].infilling()
-        clash = [names_of for i, names_of in named[names].items() if form and i in form.marks]
-        if clash:
-            least = len(form.marks) + len(PLACES)
-            raise UserError(
-                f"{type(parts[spans]).__name__} marks its spans with a sentinel that is {clash[0]} "
-                f"to {type(parts[names]).__name__}: raise {type(vocabulary).__name__}.extra_ids to "
-                f"{least}"
-            )
+    """Raises UserError where a sentinel marks spans for one objective and has a name for another.
+
+    Each objective sees by itself that its own do not clash.
+    """
+    leaves = list(itertools.chain.from_iterable(map(_leaves, parts)))
+    named = {
+        token: (name, type(leaf).__name__)
+        for leaf in leaves
+        for token, name in leaf.named_tokens.items()
+        if name in PLACES
+    }
+    for leaf in leaves:
+        for component, _ in leaf.components().values():
+            form = component.infilling()
+            marks = [] if form is None else form.marks.tolist()
+            for name, other in (named[mark] for mark in marks if mark in named):
+                raise UserError(
+                    f"{type(leaf).__name__} marks its spans with a sentinel that is {name} to "
+                    f"{other}: raise {type(vocabulary).__name__}.extra_ids to "
+                    f"{len(marks) + len(PLACES)}"
+                )
+
+
+def _leaves(part: Objective) -> Sequence[Objective]:
+    """The objectives that are not made of others."""
+    if not isinstance(part, Composite):
+        return [part]
+    return list(itertools.chain.from_iterable(map(_leaves, part.parts)))
 
 
 def _first(answers: Iterator[Any]) -> Any | None:

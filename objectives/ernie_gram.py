@@ -57,6 +57,7 @@ class ErnieGram(Framed):
     Attributes:
       masking, comprehensive, relation: see above; "contiguous" has neither of the others.
       rate: share of units to hide.
+      eval_rate: the same on held-out data, so that runs of different rates compare; None: `rate`.
       bigrams, trigrams: most n-grams of the lexicon, by their t-scores in the training corpus
         (the first one, of several). The paper has about 200,000 and 100,000.
       min_count: fewest occurrences of an n-gram.
@@ -69,6 +70,7 @@ class ErnieGram(Framed):
     comprehensive: bool = True
     relation: bool = True
     rate: float = 0.15
+    eval_rate: float | None = 0.15
     bigrams: int = 200_000
     trigrams: int = 100_000
     min_count: int = 5
@@ -86,7 +88,9 @@ class ErnieGram(Framed):
                 "ErnieGram.masking is 'contiguous', which has no n-gram masks to ask about: set "
                 "ErnieGram.comprehensive and ErnieGram.relation to False"
             )
-        check_range(self, "rate", 0.0, 1.0)
+        for name in ("rate", "eval_rate"):
+            if getattr(self, name) is not None:
+                check_range(self, name, 0.0, 1.0)
         check_range(self, "generator_size", 0.01, 1.0)
         for name in ("bigrams", "trigrams"):
             check_range(self, name, 0, 1 << 24)
@@ -114,6 +118,11 @@ class ErnieGram(Framed):
         if setting.corpus is not None:
             _ = bound.lexicon  # built here once, and not in each of a loader's processes
         return bound
+
+    def evaluation(self) -> Self:
+        if self.eval_rate in (None, self.rate):
+            return self  # and with it the lexicon
+        return dataclasses.replace(self, rate=self.eval_rate)
 
     @functools.cached_property
     def lexicon(self) -> Lexicon:

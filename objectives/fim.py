@@ -12,8 +12,9 @@ import numpy as np
 
 from objectives.base import Setting
 from objectives.next_token import (
+    CausalText,
     Cut,
-    NextToken,
+    all_predicted,
     append,
     check_choice,
     check_range,
@@ -30,7 +31,7 @@ _MARKS = len(_NAMES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FIM(NextToken):
+class FIM(CausalText):
     """Causal language modelling of documents whose middle is moved to their end.
 
     Bavarian et al. 2022, section 3. A document is permuted with probability `fim_rate`: it is cut
@@ -70,8 +71,6 @@ class FIM(NextToken):
       end_every_middle: see above.
       max_permuted: most permuted documents of a window; None: one for each 128 tokens of a row.
     """
-
-    architectures = ("decoder",)
 
     cut: Cut = "document"
     fim_rate: float = 0.5
@@ -114,9 +113,6 @@ class FIM(NextToken):
         form = self._format
         return dict(zip((form.prefix_id, form.suffix_id, form.middle_id), _NAMES, strict=True))
 
-    def continuation(self, prefix: np.ndarray, rest: np.ndarray) -> Seq2Seq:
-        return Seq2Seq(prefix, append(rest, self._eos), bidirectional_inputs=False)
-
     # --- lengths ---
 
     @property
@@ -144,10 +140,6 @@ class FIM(NextToken):
         if self.cut == "document":
             return Document(self._raw_length)
         return Window(self._raw_length, separator=self._eos)
-
-    @property
-    def lengths(self) -> Lengths:
-        return Lengths(self.setting.length)
 
     def bounds(self, raw_length: int, rng: np.random.Generator) -> Lengths:
         permuted = self._most_permuted
@@ -182,12 +174,7 @@ class FIM(NextToken):
             closed = self.end_every_middle or stop > end
             texts[d] = self._permuted(*parts, spm)[: None if closed else -1]
         tokens, documents = rewritten(tokens, documents, found, texts)
-        return Seq2Seq(
-            inputs=np.empty(0, np.int32),
-            targets=tokens,
-            target_documents=documents,
-            bidirectional_inputs=False,
-        )
+        return all_predicted(tokens, documents)
 
     def _permuted(self, prefix, middle, suffix, spm: bool) -> np.ndarray:
         """int32 [n + 4], with EOS."""

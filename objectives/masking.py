@@ -30,6 +30,10 @@ class Framed(Objective):
     def __post_init__(self):
         check_choice(self, "cut", ("window", "document"))
 
+    @property
+    def reads_in_place(self) -> bool:
+        return True
+
     def bind(self, setting: Setting) -> Self:
         bound = super().bind(setting)
         if setting.vocabulary.mask_id is None:
@@ -181,7 +185,7 @@ class Masking(Framed):
     def _words(self, tokens, documents, candidates) -> np.ndarray:
         """The word that each candidate belongs to, numbered from 0."""
         starts = self._word_starts[tokens[candidates]]
-        starts[0] = True
+        starts[:1] = True
         if documents is not None:
             starts[1:] |= np.diff(documents[candidates]) > 0
         return starts.cumsum() - 1

@@ -35,6 +35,10 @@ class MaskedLM(Masking):
 
     z_loss: float = 0.0
 
+    @property
+    def device_key(self) -> Any:
+        return ("masked LM", self.z_loss)
+
     def network(self, config: Any) -> Any:
         from objectives import heads
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from objectives.base import Objective, Setting
-from t5like.data.examples import Record
+from t5like.data.examples import Lengths, Record, Seq2Seq
 from t5like.errors import UserError
 
 Cut = Literal["window", "document"]
@@ -70,7 +70,37 @@ class NextToken(Objective):
             z_loss=self.z_loss,
             label_smoothing=self.label_smoothing,
             predictions=self.usual_predictions,
+            groups=self._groups,
         )  # fmt: skip
+
+    @property
+    def _groups(self) -> Any | None:
+        """Kinds of targets whose losses are told apart, heads.Groups, or None."""
+        return None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CausalText(NextToken):
+    """Base of objectives whose decoder predicts every token of a text from those before it."""
+
+    architectures = ("decoder",)
+
+    @property
+    def lengths(self) -> Lengths:
+        return Lengths(self.setting.length)
+
+    def continuation(self, prefix: np.ndarray, rest: np.ndarray) -> Seq2Seq:
+        return Seq2Seq(prefix, append(rest, self._eos), bidirectional_inputs=False)
+
+
+def all_predicted(tokens: np.ndarray, documents: np.ndarray | None) -> Seq2Seq:
+    """The example that asks a decoder for tokens int32 [n], of documents int32 [n] or of one."""
+    return Seq2Seq(
+        inputs=np.empty(0, np.int32),
+        targets=tokens,
+        target_documents=documents,
+        bidirectional_inputs=False,
+    )
 
 
 # --- checks of fields ------------------------------------------------------------------------
@@ -92,6 +122,21 @@ def check_range(objective: Objective, field: str, least: float, most: float) -> 
     if not least <= value <= most:
         raise UserError(
             f"{type(objective).__name__}.{field} is {value}; it must lie in [{least:g}, {most:g}]"
+        )
+
+
+def check_targets_length(objective: Objective, needed: int, who: str) -> None:
+    """Raises UserError if a bound encoder-decoder's targets, `needed` tokens at most, do not fit.
+
+    Args:
+      who: what makes such targets, for the error.
+    """
+    setting = objective.setting
+    given = setting.targets_length
+    if setting.architecture == "encoder_decoder" and given is not None and given < needed:
+        raise UserError(
+            f"train.targets_length is {given}; {who} makes targets of up to {needed} tokens at "
+            f"train.length={setting.length}: set it to {needed} or to None"
         )
 
 

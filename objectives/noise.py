@@ -90,12 +90,6 @@ def _cuts(keys: np.ndarray, segments: int) -> np.ndarray:
     return cuts
 
 
-def random_segmentation(items: int, segments: int, rng: np.random.Generator) -> np.ndarray:
-    """Sizes, int64 [segments], all positive, of `items`: uniform over such compositions."""
-    edges = np.concatenate(([0], _cuts(rng.random(items - 1), segments), [items]))
-    return np.diff(edges)
-
-
 def random_spans(length: int, density: float, mean_span: float, rng: np.random.Generator) -> Spans:
     """Spans that alternate with what is kept, which comes first; the last token is noise."""
     noise, spans = noise_counts(length, density, mean_span)
@@ -180,6 +174,9 @@ def random_prefix_length(length: int, density: float, rng: np.random.Generator) 
 
 
 # --- what becomes of the tokens --------------------------------------------------------------
+
+# T5's functions, under their names, are the reference that `split_at_spans` is tested against; the
+# objectives, and through them seqio_adapter.py, use that one.
 
 
 def drop_noise_tokens(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -63,7 +63,7 @@ class Phases(Composite):
                 f"{len(self.phases) - 1} ends (the last phase ends with the run)"
             )
         for end in self.until:
-            if not (_is_fraction(end) or (isinstance(end, int) and end > 0)):
+            if not (_is_fraction(end) or (type(end) is int and end > 0)):
                 raise UserError(
                     f"Phases.until has {end!r}; write a fraction of the run between 0 and 1, or a "
                     "step (a whole number above 0)"
@@ -76,6 +76,11 @@ class Phases(Composite):
     def parts(self) -> Sequence[Objective]:
         """The last phase first: it is what a trained model did last."""
         return tuple(reversed(self.phases))
+
+    @property
+    def reads_in_place(self) -> bool:
+        """As the last phase taught it."""
+        return self.parts[0].reads_in_place
 
     def with_parts(self, change: Callable[[Objective], Objective]) -> Self:
         changed = {number: change(self.phases[number]) for number in dict.fromkeys(self._firsts)}

@@ -14,6 +14,7 @@ from objectives.next_token import (
     append,
     append_last,
     check_range,
+    check_targets_length,
     prepend,
     prepend_first,
     several_documents,
@@ -72,13 +73,8 @@ class PrefixLM(NextToken):
                 "PrefixLM.sentinel is True, but the vocabulary has no sentinel: set its extra_ids "
                 "to at least 1"
             )
-        given, needed = setting.targets_length, bound.targets_needed
-        if bound._has_encoder and given is not None and given < needed:
-            raise UserError(
-                f"train.targets_length is {given}; PrefixLM with train.length={setting.length} "
-                f"and noise_density={self.noise_density} makes targets of up to {needed} tokens: "
-                f"set it to {needed} or to None"
-            )
+        who = f"PrefixLM with noise_density={self.noise_density}"
+        check_targets_length(bound, bound.targets_needed, who)
         return bound
 
     @property

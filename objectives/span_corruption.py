@@ -14,6 +14,7 @@ from objectives.next_token import (
     NextToken,
     append_last,
     check_range,
+    check_targets_length,
     several_documents,
     usual_predictions,
 )
@@ -85,13 +86,8 @@ class SpanCorruption(NextToken):
         bound = super().bind(setting)
         if bound.raw_length < 2:
             raise UserError(f"train.length is {setting.length}; SpanCorruption needs at least 6")
-        given, targets = setting.targets_length, bound.targets_needed
-        if bound._has_encoder and given is not None and given < targets:
-            raise UserError(
-                f"train.targets_length is {given}; SpanCorruption with noise_density="
-                f"{self.noise_density} and train.length={setting.length} makes targets of "
-                f"{targets} tokens: set it to {targets} or to None"
-            )
+        who = f"SpanCorruption with noise_density={self.noise_density}"
+        check_targets_length(bound, bound.targets_needed, who)
         sentinels, spans = len(setting.vocabulary.sentinels), bound.sentinels_needed
         if spans > sentinels:
             raise UserError(

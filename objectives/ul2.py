@@ -11,7 +11,13 @@ import numpy as np
 
 from objectives.base import Objective, Setting
 from objectives.denoisers import MODES, Denoiser, parse
-from objectives.next_token import NextToken, prepend, prepend_first, usual_predictions
+from objectives.next_token import (
+    NextToken,
+    check_targets_length,
+    prepend,
+    prepend_first,
+    usual_predictions,
+)
 from objectives.prefix_lm import PrefixLM
 from objectives.span_corruption import SpanCorruption
 from objectives.special_tokens import PLACES, sentinels_left, special_tokens
@@ -106,7 +112,13 @@ class UL2(NextToken):
     def bind(self, setting: Setting) -> Self:
         bound = super().bind(setting)
         for part in bound._parts:
-            part.check_lengths()
+            if part.inner.raw_length < 2:
+                raise UserError(
+                    f"train.length is {setting.length}, too short for UL2's {part.denoiser.name}: "
+                    "raise it"
+                )
+        longest = max(bound._parts, key=lambda part: part.inner.targets_needed)
+        check_targets_length(bound, bound._targets_needed, f"UL2's {longest.denoiser.name}")
         bound._check_sentinels()
         return bound
 
@@ -185,10 +197,8 @@ class UL2(NextToken):
         mode = next((m for m in "RX" if any(d.mode == m for d in self.denoisers)), None)
         if mode is None:
             return None
-        taught = max(p.inner.sentinels_needed for p in self._parts if p.denoiser.mode == mode)
-        return Sentinels(
-            self._sentinels[:taught], self._eos, self.mode_ids(mode), self.bidirectional_inputs
-        )
+        parts = (part for part in self._parts if part.denoiser.mode == mode)
+        return max(parts, key=lambda part: part.inner.sentinels_needed).infilling()
 
     def continuation(self, prefix: np.ndarray, rest: np.ndarray) -> Seq2Seq | None:
         """As the first S denoiser asks for it; None without one."""
@@ -209,17 +219,11 @@ class UL2(NextToken):
     def device_key(self) -> Any:
         return ("UL2", self._names, self.z_loss, self.label_smoothing)
 
-    def losses(self, apply, params, frozen, batch, rng, train: bool) -> dict[str, Any]:
+    @property
+    def _groups(self) -> Any:
         from objectives import heads
 
-        del frozen
-        return heads.next_token_losses(
-            apply, params, batch, rng, train,
-            z_loss=self.z_loss,
-            label_smoothing=self.label_smoothing,
-            predictions=self.usual_predictions,
-            groups=heads.Groups("denoiser", self._names),
-        )  # fmt: skip
+        return heads.Groups("denoiser", self._names)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -252,21 +256,6 @@ class _Component(UL2):
             bidirectional_inputs=self.bidirectional_inputs,
         )
 
-    def check_lengths(self) -> None:
-        """Raises UserError if the denoiser's examples do not fit."""
-        setting, name, inner = self.setting, self.denoiser.name, self.inner
-        if inner.raw_length < 2:
-            raise UserError(
-                f"train.length is {setting.length}, too short for UL2's {name}: raise it"
-            )
-        given, targets = setting.targets_length, inner.targets_needed
-        if self._has_encoder and given is not None and given < targets:
-            raise UserError(
-                f"train.targets_length is {given}; UL2's {name} with train.length="
-                f"{setting.length} makes targets of {targets} tokens: set it to "
-                f"{self._targets_needed} or to None"
-            )
-
     @property
     def unit(self) -> Unit:
         return self.inner.unit
@@ -284,6 +273,12 @@ class _Component(UL2):
 
     def corrupt(self, record: Record, rng: np.random.Generator) -> Seq2Seq:
         return self._marked(self.inner.corrupt(record, rng))
+
+    def infilling(self) -> Sentinels | None:
+        if self.denoiser.mode == "S":
+            return None
+        taught = self._sentinels[: self.inner.sentinels_needed]
+        return Sentinels(taught, self._eos, self._mode_ids, self.bidirectional_inputs)
 
     def continuation(self, prefix: np.ndarray, rest: np.ndarray) -> Seq2Seq | None:
         example = self.inner.continuation(prefix, rest)

@@ -206,7 +206,7 @@ def _read(path: pathlib.Path) -> WordStatistics | None:
     try:
         with np.load(path) as stored:
             arrays = {name: stored[name] for name in WordStatistics._fields}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None
     return WordStatistics(
         **arrays

@@ -17,7 +17,7 @@ from etils import epath
 
 from launch.comparison.config import CompareConfig
 from launch.comparison.statistics import Summary, summarise
-from t5like.data.atomic import writing
+from launch.files import write_whole
 
 Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
 
@@ -36,15 +36,10 @@ def write(config: CompareConfig, results: Results, workdir: epath.Path) -> str:
             for name, metrics in summaries.items()
         },
     }
-    _write(workdir / "comparison.json", (json.dumps(content, indent=1) + "\n").encode())
-    _write(workdir / "comparison.md", table.encode())
-    _write(workdir / "comparison.png", plot(config, results))
+    write_whole(workdir / "comparison.json", json.dumps(content, indent=1) + "\n")
+    write_whole(workdir / "comparison.md", table)
+    write_whole(workdir / "comparison.png", plot(config, results))
     return table
-
-
-def _write(path: epath.Path, content: bytes) -> None:
-    with writing(path):
-        path.write_bytes(content)
 
 
 def _json(summary: Summary) -> dict[str, float | None]:
@@ -89,44 +84,56 @@ def markdown(
     """
     shown = [name for name in results if name not in config.hidden]
     metrics = list(dict.fromkeys(m for name in shown for m in summaries[name]))
-    head = ["run", "steps", "FLOPs (compiled / formula)", "seconds", *map(_title, metrics)]
+    titles = [_title(config, metric) for metric in metrics]
+    head = ["run", "steps", "FLOPs (compiled / formula)", "seconds", *titles]
     lines = [_line(head), _line(["---", *["---:"] * (len(head) - 1)])]
     for name in shown:
         runs = list(results[name].values())
-        lines.append(
-            _line(
-                [
-                    name,
-                    f"{runs[0]['steps']:,}",
-                    _flops(runs[0]),
-                    f"{sum(r['seconds'] for r in runs) / len(runs):.0f}",
-                    *(_cell(summaries[name].get(m), name == config.reference) for m in metrics),
-                ]
-            )
-        )
+        cost = [name, f"{runs[0]['steps']:,}", _flops(runs[0]), f"{_mean(runs, 'seconds'):.0f}"]
+        cells = (_cell(summaries[name].get(m), name == config.reference) for m in metrics)
+        lines.append(_line([*cost, *cells]))
     smallest = [
         max((summaries[n][m].smallest_effect for n in shown if m in summaries[n]), default=math.nan)
         for m in metrics
     ]
-    note = (
-        f"\nMean ± standard deviation over seeds {', '.join(map(str, config.seeds))}; bold: "
-        f"differs from {config.reference} by more than the 95% interval of the paired difference."
-    )
     effects = ", ".join(
-        f"{_title(m)} {_number(e)}" for m, e in zip(metrics, smallest, strict=True) if e == e
+        f"{title} {_number(e)}" for title, e in zip(titles, smallest, strict=True) if e == e
     )
+    return "\n".join([*lines, "", *_notes(config, effects)]) + "\n"
+
+
+def _notes(config: CompareConfig, effects: str) -> list[str]:
+    """What a reader needs to know of the table, a paragraph each."""
+    notes = [
+        f"Mean ± standard deviation over seeds {', '.join(map(str, config.seeds))}. Seconds are "
+        "those of the updates. Compiled FLOPs are XLA's count, with the optimiser's and with both "
+        "branches of conditionals, of which one runs."
+    ]
     if effects:
-        note += f" Smallest effect that every row's seeds could have shown: {effects}."
-    expected = f"\n\nExpected beforehand: {config.expected}" if config.expected else ""
-    return "\n".join(lines) + "\n" + note + expected + "\n"
+        notes += [
+            "",
+            f"Bold: the 95% interval of the paired difference to {config.reference} excludes 0, as "
+            "one cell in twenty does by chance. The effect that all rows would have shown in four "
+            f"cases of five: {effects}. The test set's own error, which all seeds share, is not in "
+            "it.",
+        ]
+    return notes + ([f"\nExpected beforehand: {config.expected}"] if config.expected else [])
+
+
+def _mean(runs: list[Mapping[str, Any]], field: str) -> float:
+    return sum(run[field] for run in runs) / len(runs)
 
 
 def _line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _title(metric: str) -> str:
-    return metric.replace("/", " ").replace("_", " ")
+def _title(config: CompareConfig, metric: str) -> str:
+    """A metric's name and which way is better."""
+    measure, _, name = metric.partition("/")
+    better = getattr(config.measures[measure], "higher_is_better", {}).get(name)
+    arrow = {True: " ↑", False: " ↓", None: ""}[better]
+    return metric.replace("/", " ").replace("_", " ") + arrow
 
 
 def _number(value: float) -> str:
@@ -166,7 +173,10 @@ def plot(config: CompareConfig, results: Results) -> bytes:
     for axis, metric in zip(axes, metrics, strict=False):
         for number, name in enumerate(shown):
             _draw(axis, results[name], metric, name, number)
-        axis.set(title=_title(metric), xlabel="model FLOPs", xscale="log")
+        axis.set(title=_title(config, metric), xlabel="model FLOPs")
+        low, high = axis.get_xlim()
+        if low > 0 and high > 10 * low:
+            axis.set_xscale("log")
         axis.grid(alpha=0.3)
     for axis in axes[len(metrics) :]:
         axis.set_axis_off()
@@ -186,21 +196,22 @@ def _plotted(config: CompareConfig, results: Results, shown: list[str]) -> list[
 
 
 def _draw(axis, seeds: Mapping[int, Mapping[str, Any]], metric: str, name: str, number: int):
-    """Mean over seeds as a line, the range of the seeds as a band or bar."""
-    points: dict[float, list[float]] = {}
-    for result in seeds.values():
-        for point in result["points"]:
-            if metric in point["measures"]:
-                points.setdefault(point["flops"], []).append(point["measures"][metric])
+    """Mean over seeds as a line, the range of the seeds as a band or bar, point by point."""
+    points = [
+        [p for p in column if metric in p["measures"]]
+        for column in zip(*(result["points"] for result in seeds.values()), strict=False)
+    ]
+    points = [column for column in points if column]
     if not points:
         return
-    x = sorted(points)
-    mean = [sum(points[f]) / len(points[f]) for f in x]
-    low, high = [min(points[f]) for f in x], [max(points[f]) for f in x]
+    x = [sum(p["flops"] for p in column) / len(column) for column in points]
+    values = [[p["measures"][metric] for p in column] for column in points]
+    mean = [sum(v) / len(v) for v in values]
+    low, high = [min(v) for v in values], [max(v) for v in values]
     style = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
     if len(x) == 1:
         # Equal budgets lie on one another: a little aside, so that each can be seen.
-        x = [x[0] * 1.03**number]
+        x = [x[0] * (1 + 0.03 * number)]
         error = [[mean[0] - low[0]], [high[0] - mean[0]]]
         axis.errorbar(x, mean, _clipped(error), marker="o", capsize=2, label=name, **style)
         return

@@ -1,137 +1,114 @@
-"""The runs of a comparison: each is trained (or resumed), measured once, kept as result.json."""
+"""Trains the runs of a comparison and measures them; what is done once is kept beside each run."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from etils import epath
 
-from launch import config as config_lib
-from launch.comparison.config import CompareConfig, folder
-from t5like.data.atomic import writing
+from launch.comparison.config import CompareConfig
+from launch.comparison.trials import Trial
+from launch.files import read_json, write_whole
 from t5like.errors import UserError
 
-RESULT = "result.json"
+TRIAL, MEASURES = "trial.json", "measures.json"
 
 
-@dataclasses.dataclass(frozen=True)
-class Trial:
-    """One run of a comparison.
-
-    Attributes:
-      name, seed: which.
-      workdir: where it lives: WORKDIR/runs/NAME/seed-SEED.
-      pages, bindings: its configuration, budget and seed included.
-      key: changes with whatever the result depends on.
-    """
-
-    name: str
-    seed: int
-    workdir: epath.Path
-    pages: tuple[str, ...]
-    bindings: tuple[str, ...]
-    key: str
-
-
-def trials(config: CompareConfig, workdir: epath.Path) -> Iterator[Trial]:
-    """Every run of every seed: all runs of the first seed, then of the second ..."""
-    for seed in config.seeds:
-        places = {
-            name: str(workdir / "runs" / folder(name) / f"seed-{seed}") for name in config.runs
-        }
-        for name in config.runs:
-            yield _trial(config, name, seed, places, workdir)
-
-
-def _trial(
-    config: CompareConfig, name: str, seed: int, places: Mapping[str, str], workdir: epath.Path
-) -> Trial:
-    own = [*config.base, *config.runs[name]]
-    pages = tuple(entry for entry in own if "=" not in entry)
-    kind, amount = config.budget(name)
-    bindings = [
-        f"train.cache_dir = {str(workdir / 'cache')!r}",
-        "train.evals = None",
-        "train.quality = False",
-        "train.steps = None",
-        "train.tokens = None",
-        "train.flops = None",
-        f"train.{kind} = {amount!r}",
-        f"train.seed = {seed}",
-        *(_filled(entry, places) for entry in own if "=" in entry),
-    ]
-    measures = {n: repr(config.measures[n]) for n in config.measures}
-    others = {n: list(config.runs[n]) for n in config.runs if "{" + n + "}" in "".join(own)}
-    content = [own, others, kind, amount, seed, config.points, list(config.curve), measures]
-    key = hashlib.blake2b(json.dumps(content).encode(), digest_size=12).hexdigest()
-    return Trial(name, seed, epath.Path(places[name]), pages, tuple(bindings), key)
-
-
-def _filled(binding: str, places: Mapping[str, str]) -> str:
-    """The binding with every {NAME} replaced by that run's workdir."""
-    for name, place in places.items():
-        binding = binding.replace("{" + name + "}", place)
-    return binding
-
-
-def finished(trial: Trial) -> dict[str, Any] | None:
-    """The trial's result if it was made from this very configuration."""
-    path = trial.workdir / RESULT
-    if not path.exists():
+def finished(config: CompareConfig, trial: Trial) -> dict[str, Any] | None:
+    """The trial's result (see report.py), if it is trained and measured as it is configured."""
+    trained = (read_json(trial.workdir / TRIAL) or {}).get("trained")
+    measured = read_json(trial.workdir / MEASURES)
+    if trained is None or measured is None or measured.get("key") != _measure_key(config, trial):
         return None
-    result = json.loads(path.read_text())
-    return result["result"] if result["key"] == trial.key else None
+    points = [
+        point | {"measures": measures}
+        for point, measures in zip(trained["points"], measured["points"], strict=True)
+    ]
+    return trained | {"points": points}
 
 
 def run(config: CompareConfig, trial: Trial) -> dict[str, Any]:
-    """Trains the trial to its end and measures it; see report.py for the result.
+    """Trains the trial to its end and measures it, as far as that is not done; its result.
 
     Raises:
-      UserError: its configuration is wrong; names the run.
+      UserError: names the run. Its workdir may hold a training of another configuration or
+        budget, which going on would mix with this one.
     """
     try:
-        return _run(config, trial)
+        trained = _trained(config, trial)
+        last = len(trained["points"]) - 1
+        points = [
+            measure(config, _names(config, trial, at_end=number == last), trial, point["step"])
+            for number, point in enumerate(trained["points"])
+        ]
     except UserError as error:
         raise UserError(f"run {trial.name!r}, seed {trial.seed}: {error}") from error
-
-
-def _run(config: CompareConfig, trial: Trial) -> dict[str, Any]:
-    from launch import training
-
-    started = time.monotonic()
-    resolved = config_lib.load(trial.pages, trial.bindings)
-    trained = training.train_resolved(
-        resolved, str(trial.workdir), points=config.points, progress=False
-    )
-    seconds = time.monotonic() - started
-    points = []
-    for step in trained.points:
-        last = step == trained.points[-1]
-        names = config.measures if last else config.curve
-        measures = measure(config, names, trial, step) if names else {}
-        points.append({"step": step, "flops": trained.spent(step)[1], "measures": measures})
-    tokens, flops = trained.spent(trained.points[-1])
-    result = {
-        "steps": trained.points[-1],
-        "tokens": tokens,
-        "flops": flops,
-        "compiled_flops": trained.result.compiled_flops,
-        "seconds": seconds,
-        "points": points,
-    }
-    path = trial.workdir / RESULT
-    with writing(path):
-        path.write_text(json.dumps({"key": trial.key, "result": result}, indent=1) + "\n")
+    measured = {"key": _measure_key(config, trial), "points": points}
+    write_whole(trial.workdir / MEASURES, json.dumps(measured, indent=1) + "\n")
+    result = finished(config, trial)
+    assert result is not None
     return result
 
 
-def measure(config: CompareConfig, names, trial: Trial, step: int) -> dict[str, float]:
+def _trained(config: CompareConfig, trial: Trial) -> dict[str, Any]:
+    """What is known of the trial's training, which is brought to its end."""
+    path = trial.workdir / TRIAL
+    known = read_json(path)
+    if known is not None and known.get("key") != trial.key:
+        raise UserError(
+            f"{trial.workdir} holds a run of another configuration or budget: choose another "
+            "--workdir, or delete that folder"
+        )
+    if known is not None and known["trained"] is not None:
+        return known["trained"]
+    write_whole(path, json.dumps({"key": trial.key, "trained": None}) + "\n")
+
+    from launch import training
+
+    done = training.train_resolved(
+        trial.resolved, str(trial.workdir), points=config.points, progress=False
+    )
+    tokens, flops = done.spent(done.points[-1])
+    trained = {
+        "steps": done.points[-1],
+        "tokens": tokens,
+        "flops": flops,
+        "compiled_flops": done.result.compiled_flops,
+        "seconds": seconds_of_updates(trial.workdir / "metrics.jsonl"),
+        "points": [{"step": step, "flops": done.spent(step)[1]} for step in done.points],
+    }
+    write_whole(path, json.dumps({"key": trial.key, "trained": trained}, indent=1) + "\n")
+    return trained
+
+
+def seconds_of_updates(metrics: epath.Path) -> float:
+    """Seconds that a run's updates took, from its log: compilation and set-up left out."""
+    seconds, before = 0.0, 0
+    for line in map(json.loads, metrics.read_text().splitlines()):
+        if line["split"] == "train":
+            seconds += (line["tokens"] - before) / line["tokens_per_second"]
+            before = line["tokens"]
+    return seconds
+
+
+def _names(config: CompareConfig, trial: Trial, *, at_end: bool) -> Iterable[str]:
+    """Measures that are taken of one of the trial's checkpoints."""
+    if trial.name in config.hidden:
+        return ()
+    return config.measures if at_end else config.curve
+
+
+def measure(
+    config: CompareConfig, names: Iterable[str], trial: Trial, step: int
+) -> dict[str, float]:
     """{"measure/metric": value} of the trial's checkpoint of `step`."""
+    names = list(names)
+    if not names:
+        return {}
+
     from launch.runs import load_trained
 
     model = load_trained(str(trial.workdir / "checkpoints" / str(step)))
@@ -140,3 +117,13 @@ def measure(config: CompareConfig, names, trial: Trial, step: int) -> dict[str, 
         for metric, value in config.measures[name].measure(model, trial.seed).items():
             found[f"{name}/{metric}"] = float(value)
     return found
+
+
+def _measure_key(config: CompareConfig, trial: Trial) -> str:
+    """Changes with the trained model and with what is measured of it."""
+    ends = [
+        {name: repr(config.measures[name]) for name in _names(config, trial, at_end=at_end)}
+        for at_end in (False, True)
+    ]
+    content = json.dumps([trial.key, ends], sort_keys=True)
+    return hashlib.blake2b(content.encode(), digest_size=12).hexdigest()

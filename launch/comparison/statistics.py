@@ -8,6 +8,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
+# Pairs of seeds below which no difference is called one.
+_LEAST_PAIRS = 3
+
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
@@ -17,44 +20,47 @@ class Summary:
       mean, spread: mean and sample standard deviation; the spread of one seed is NaN.
       seeds: how many.
       difference: mean difference to the baseline over the seeds that both have, or NaN.
-      smallest_effect: half the width of the 95% interval of that difference (Student's t on the
-        seeds' paired differences): a smaller true effect could not have been told from none.
-        NaN with fewer than two pairs.
+      interval: half the width of the 95% interval of that difference (Student's t on the seeds'
+        paired differences); NaN with fewer than three pairs.
+      smallest_effect: the true difference that such an interval would have excluded 0 for in
+        four cases of five (power 0.8); NaN likewise. Both know of the seeds' spread alone, not
+        of the test set's own error, which all seeds share.
     """
 
     mean: float
     spread: float
     seeds: int
     difference: float
+    interval: float
     smallest_effect: float
 
     @property
     def shows(self) -> bool:
-        """Whether the difference is larger than the smallest effect that could have shown."""
-        return abs(self.difference) > self.smallest_effect
+        """Whether 0 lies outside the difference's interval."""
+        return abs(self.difference) > self.interval
 
 
 def summarise(values: Mapping[int, float], baseline: Mapping[int, float]) -> Summary:
     """Summary of {seed: value} beside the baseline's."""
     own = np.array(list(values.values()), float)
-    pairs = [values[seed] - baseline[seed] for seed in values if seed in baseline]
+    pairs = np.array([values[seed] - baseline[seed] for seed in values if seed in baseline], float)
+    interval, smallest = _half_widths(pairs)
     return Summary(
         mean=float(own.mean()),
-        spread=_spread(own),
+        spread=float(own.std(ddof=1)) if len(own) > 1 else math.nan,
         seeds=len(own),
-        difference=float(np.mean(pairs)) if pairs else math.nan,
-        smallest_effect=_half_interval(np.array(pairs, float)),
+        difference=float(pairs.mean()) if len(pairs) else math.nan,
+        interval=interval,
+        smallest_effect=smallest,
     )
 
 
-def _spread(values: np.ndarray) -> float:
-    return float(values.std(ddof=1)) if len(values) > 1 else math.nan
-
-
-def _half_interval(differences: np.ndarray) -> float:
+def _half_widths(differences: np.ndarray) -> tuple[float, float]:
     from scipy import stats
 
     count = len(differences)
-    if count < 2:
-        return math.nan
-    return float(stats.t.ppf(0.975, count - 1)) * _spread(differences) / math.sqrt(count)
+    if count < _LEAST_PAIRS:
+        return math.nan, math.nan
+    error = float(differences.std(ddof=1)) / math.sqrt(count)
+    certain, powerful = (float(stats.t.ppf(p, count - 1)) for p in (0.975, 0.8))
+    return certain * error, (certain + powerful) * error

@@ -1,7 +1,7 @@
 """A lexicon of n-grams: found by t-test, looked up, and used to cut tokens into units.
 
 As ERNIE-Gram has it (Xiao et al. 2021, "ERNIE-Gram: Pre-Training with Explicitly N-Gram Masked
-Language Modeling for Natural Language Understanding", section 3.2 and appendix A).
+Language Modeling for Natural Language Understanding", section 3.5 and appendix A).
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def _read(path: pathlib.Path, vocabulary_size: int) -> Lexicon | None:
     try:
         with np.load(path) as arrays:
             return Lexicon(vocabulary_size, arrays["bigrams"], arrays["trigrams"])
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None
 
 

@@ -184,4 +184,4 @@ def without_last_eos(weights: np.ndarray, targets: np.ndarray, eos_id: int | Non
 
 
 def _generates(model: TrainedModel) -> bool:
-    return model.objective is not None and model.generates
+    return model.objective is not None and model.config.architecture != "encoder"

@@ -38,23 +38,12 @@ class TrainedModel:
     objective: Any | None = None
     both_ways: bool = False
 
-    @functools.cached_property
-    def generates(self) -> bool:
-        """Whether it was trained to say text: then a decoder reads BOS before all else."""
-        if self.config.architecture == "encoder":
-            return False
-        if self.objective is None:
-            return True
-        some = np.array([self.vocabulary.pad_id], np.int32)
-        says = self.objective.infilling(), self.objective.continuation(some, some)
-        return any(answer is not None for answer in says)
-
     def rows(self, texts: Sequence[str], length: int) -> dict[str, np.ndarray]:
         """Texts as the model reads a whole document, cut to rows of `length` slots.
 
-        An encoder and a decoder that is no generator read [CLS] text [SEP], where the vocabulary
-        has these, else text and EOS. An encoder-decoder's encoder reads text and EOS; a generating
-        decoder reads BOS and the text.
+        An encoder, and a decoder whose objective reads in place, read [CLS] text [SEP], where the
+        vocabulary has these, else text and EOS. An encoder-decoder's encoder reads text and EOS;
+        any other decoder BOS and the text.
 
         Returns:
           {feature: [n, length]}, a text a row.
@@ -86,7 +75,8 @@ class TrainedModel:
 
     def _example(self, ids: np.ndarray, length: int) -> Example:
         vocabulary, architecture = self.vocabulary, self.config.architecture
-        if architecture == "decoder" and self.generates:
+        in_place = self.objective is not None and self.objective.reads_in_place
+        if architecture == "decoder" and not in_place:
             text = ids[: length - 1]
             # The target that nothing is asked of makes room for BOS.
             return Seq2Seq(text, np.array([vocabulary.pad_id]), bidirectional_inputs=self.both_ways)

@@ -16,6 +16,7 @@ class Every:
       total_steps: updates of the run.
       log, evaluate, save: updates between; None for never on the way.
       save_minutes: minutes after which the next update saves too; None for no clock.
+      points: updates after which it saves besides.
     """
 
     total_steps: int
@@ -23,6 +24,7 @@ class Every:
     evaluate: int | None
     save: int | None
     save_minutes: float | None
+    points: frozenset[int] = frozenset()
 
     def due(self, every: int | None, step: int) -> bool:
         """Whether what happens every `every` updates happens after update `step`."""
@@ -31,7 +33,7 @@ class Every:
     def save_due(self, step: int, seconds: float) -> bool:
         """Whether to save after update `step`, `seconds` after the last save."""
         late = self.save_minutes is not None and seconds >= 60 * self.save_minutes
-        return late or self.due(self.save, step)
+        return late or step in self.points or self.due(self.save, step)
 
 
 class Stopwatch:

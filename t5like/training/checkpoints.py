@@ -36,13 +36,21 @@ class Checkpoints:
       keep: how many of the newest to keep.
       best_metric: name in the metrics given to `save` whose lowest value marks a checkpoint that
         is kept as well; None keeps the newest only.
+      points: steps whose checkpoints are kept as well.
     """
 
-    def __init__(self, directory: epath.PathLike, *, keep: int = 3, best_metric: str | None = None):
+    def __init__(
+        self,
+        directory: epath.PathLike,
+        *,
+        keep: int = 3,
+        best_metric: str | None = None,
+        points: frozenset[int] = frozenset(),
+    ):
         if keep < 1:
             raise UserError(f"keep={keep}: at least the newest checkpoint has to be kept")
         self.directory = absolute(directory)
-        self._keep, self._best_metric = keep, best_metric
+        self._keep, self._best_metric, self._points = keep, best_metric, points
         self._handler = _Handler()
         self._writer = ocp.AsyncCheckpointer(self._handler)
         self._pending: int | None = None
@@ -151,7 +159,7 @@ class Checkpoints:
 
     def _delete_old(self) -> None:
         steps = self.steps()
-        kept = set(steps[-self._keep :]) | self._best(steps)
+        kept = set(steps[-self._keep :]) | self._best(steps) | self._points
         for step in steps:
             if step not in kept:
                 # Renamed first: a kill while deleting leaves no half checkpoint behind.

@@ -148,4 +148,10 @@ def _compare(stored: Mapping[str, Any], wanted: Mapping[str, Any], path, strict:
     new = signature.of(dict(wanted))
     if not strict:
         old = {name: value for name, value in old.items() if name in new}
-    signature.compare(old, new, path)
+    try:
+        signature.compare(old, new, path)
+    except UserError as error:
+        raise UserError(
+            f"{error}: to start from a part of it, list names in train.init_prefixes, such as "
+            "['model/'], the model without the heads of its objective"
+        ) from error

@@ -49,6 +49,7 @@ def fit(
     checkpoint_every_minutes: float | None = None,
     keep: int = 3,
     keep_best: str | None = None,
+    points: frozenset[int] = frozenset(),
     accumulate: int = 1,
     init_from: InitFrom | None = None,
     frozen: Any = None,
@@ -83,6 +84,7 @@ def fit(
         the end of the run always logs, evaluates and saves.
       keep, keep_best: checkpoints to keep: the newest, and the one with the lowest value of a
         metric such as "validation/loss"; with keep_best every evaluation is saved.
+      points: updates whose checkpoints are saved and kept besides.
       accumulate: micro-batches an update.
       init_from: where a fresh run's parameters come from.
       frozen, after_step: trees that losses read; how to change the state after an update.
@@ -110,7 +112,9 @@ def fit(
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(signals.catch_sigterm())
         stack.enter_context(jax.set_mesh(mesh))
-        checkpoints = Checkpoints(folder / "checkpoints", keep=keep, best_metric=keep_best)
+        checkpoints = Checkpoints(
+            folder / "checkpoints", keep=keep, best_metric=keep_best, points=points
+        )
         stack.callback(checkpoints.close)
         state, info = startup.restore_or_init(
             checkpoints,
@@ -130,6 +134,7 @@ def fit(
             evaluate=eval_every,
             save=checkpoint_every_steps,
             save_minutes=checkpoint_every_minutes,
+            points=points,
         )
         steps_plan = plan(total_steps)
         missed = startup.missed_evals(info, in_training(evals, steps_plan, first), every)
@@ -139,7 +144,8 @@ def fit(
         if info:
             old_total = info["total_steps"]
             startup.warn_of_new_total(optimizer, first, old_total, total_steps)
-            startup.warn_of_new_plan(plan, info["updates"], first, old_total, total_steps)
+            done = info.get("updates") or plan(old_total).counts(first)
+            startup.warn_of_new_plan(plan, done, first, old_total, total_steps)
         elif init_from is not None:
             startup.check_steps_left(init_from, first, total_steps)
         outputs = writers.open_all(folder, first, total_steps, progress, tensorboard, missed)

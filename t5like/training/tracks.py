@@ -82,11 +82,13 @@ def keep_undeclared(new: Any, old: Any, params: Any, paths: frozenset[Path] | No
     """
     if paths is None:
         return new
-    others = paths_of(params) - paths
+    known = paths_of(params)
 
     def choose(path, new_leaf, old_leaf):
         names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-        undeclared = any(names[start:] in others for start in range(len(names)))
-        return old_leaf if undeclared else new_leaf
+        ends = (names[start:] for start in range(len(names)))
+        # The longest: "head/kernel" is also how the path of "model/head/kernel" ends.
+        owner = next((end for end in ends if end in known), None)
+        return new_leaf if owner is None or owner in paths else old_leaf
 
     return jax.tree_util.tree_map_with_path(choose, new, old)

@@ -184,6 +184,24 @@ def test_a_lexicon_is_built_once(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [file]
 
 
+@pytest.mark.parametrize("damage", ["cut short", "emptied", "another file"])
+def test_a_damaged_lexicon_is_built_again(tmp_path, damage):
+    documents = [[4, 5, 6]] * 5 + [[7], [8, 9]]
+    build = functools.partial(
+        lexicon.build, Texts(documents), Vocabulary(), min_count=1, cache_dir=tmp_path
+    )
+    first = build()
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    bad = {"cut short": whole[: len(whole) // 2], "emptied": b"", "another file": b"text"}[damage]
+    file.write_bytes(bad)
+    again = build()
+    assert again.bigrams.tolist() == first.bigrams.tolist() and len(again) == len(first)
+    assert list(tmp_path.iterdir()) == [file] and file.read_bytes() != bad
+    with np.load(file) as arrays:
+        assert arrays["trigrams"].tolist() == first.trigrams.tolist()
+
+
 # --- cutting ---------------------------------------------------------------------------------
 
 

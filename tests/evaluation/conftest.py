@@ -32,6 +32,8 @@ TINY = ModelConfig(
 class Speaker:
     """An objective that continues and infills, as T5 does."""
 
+    reads_in_place = False
+
     def infilling(self):
         return Sentinels(VOCABULARY.sentinels, VOCABULARY.eos_id, bidirectional_inputs=False)
 
@@ -42,7 +44,9 @@ class Speaker:
 
 @dataclasses.dataclass(frozen=True)
 class Mute:
-    """An objective that does neither."""
+    """An objective that does neither, such as masked language modelling."""
+
+    reads_in_place = True
 
     def infilling(self):
         return None

@@ -15,6 +15,7 @@ from objectives.electra import Electra
 from objectives.ernie_gram import ErnieGram
 from objectives.fim import FIM
 from objectives.mlm import MaskedLM
+from objectives.next_token import NextToken
 from objectives.prefix_lm import PrefixLM
 from objectives.prop import PROP
 from objectives.span_corruption import SpanCorruption
@@ -22,6 +23,7 @@ from objectives.ul2 import UL2
 from t5like.data.examples import Document
 from t5like.data.pipeline import Component, Pipeline
 from t5like.errors import UserError
+from t5like.models.visibility import self_mask
 
 CASES = [
     (CausalLM(), "decoder"),
@@ -70,26 +72,29 @@ class MemoryCorpus:
         return self.all[start:stop]
 
 
+def pipeline_of(bound, corpus, *, pack, across):
+    return Pipeline(
+        [Component(name, corpus, *part) for name, part in bound.components().items()],
+        vocabulary=bound.setting.vocabulary,
+        architecture=bound.setting.architecture,
+        length=bound.lengths.inputs,
+        targets_length=bound.lengths.targets,
+        batch_size=8,
+        seed=0,
+        pack=pack,
+        attend_across_documents=across or not bound.keeps_documents_apart,
+        shuffle=False,
+    )
+
+
 @pytest.mark.parametrize(("objective", "architecture"), CASES)
 @pytest.mark.parametrize(("pack", "across"), [(False, True), (True, False)])
 def test_batches(setting, objective, architecture, pack, across):
     corpus = MemoryCorpus()
     where = setting(architecture, 64, framed=architecture == "encoder")
     bound = objective.bind(dataclasses.replace(where, corpus=corpus))
-    across = across or not bound.keeps_documents_apart
     parts = bound.components()
-    pipeline = Pipeline(
-        [Component(name, corpus, *part) for name, part in parts.items()],
-        vocabulary=bound.setting.vocabulary,
-        architecture=architecture,
-        length=bound.lengths.inputs,
-        targets_length=bound.lengths.targets,
-        batch_size=8,
-        seed=0,
-        pack=pack,
-        attend_across_documents=across,
-        shuffle=False,
-    )
+    pipeline = pipeline_of(bound, corpus, pack=pack, across=across)
     drawn = []
     for one in pipeline.examples():
         drawn.append(one)
@@ -108,6 +113,76 @@ def test_batches(setting, objective, architecture, pack, across):
         assert weights.sum() > 0
         for name, array in batch.items():
             assert array.min() >= 0 and (not name.endswith("tokens") or array.max() < 1000)
+
+
+# --- who sees whom ---------------------------------------------------------------------------
+
+
+class RisingCorpus(MemoryCorpus):
+    """Its next 887 tokens are all different, so that a token says which one of a text it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.all = (3 + np.arange(self.num_tokens) % 887).astype(np.uint16)
+
+
+def leaks(batch):
+    """Slots whose answer, an ordinary token, stands as an input in a slot that they see."""
+    tokens, answers = batch["decoder_input_tokens"], batch["decoder_target_tokens"]
+    asked = (batch["decoder_loss_weights"] > 0) & (answers >= 3) & (answers < 890)
+    seen = np.asarray(self_mask(batch, "decoder").dense(*2 * tokens.shape[1:]))  # [B, L, L]
+    shown = seen & (tokens[:, None, :] == answers[:, :, None])
+    return int((shown.any(axis=2) & asked).sum()), int(asked.sum())
+
+
+DECODERS = [one for one, stack in CASES if stack == "decoder" and isinstance(one, NextToken)]
+DECODERS += [
+    PrefixLM(sentinel=True),
+    PrefixLM(loss_on_inputs=True, bidirectional_inputs=False),
+    SpanCorruption(bidirectional_inputs=False),
+]
+
+
+@pytest.mark.parametrize("objective", DECODERS)
+def test_no_slot_sees_its_answer(setting, objective):
+    corpus = RisingCorpus()
+    bound = objective.bind(setting("decoder", 64))
+    for pack in (False, True):
+        for across in (True, False):
+            pipeline = pipeline_of(bound, corpus, pack=pack, across=across)
+            for step in range(3):
+                seen, asked = leaks(pipeline.batch(step))
+                assert seen == 0 < asked
+
+
+def test_a_prefix_that_is_predicted_and_sees_itself_sees_its_answers(setting):
+    """As PrefixLM says; and so the search for leaks finds some where there are."""
+    bound = PrefixLM(loss_on_inputs=True).bind(setting("decoder", 64))
+    seen, asked = leaks(pipeline_of(bound, RisingCorpus(), pack=True, across=True).batch(0))
+    assert asked / 4 < seen < asked
+
+
+@pytest.mark.parametrize("architecture", ErnieGram.architectures)
+@pytest.mark.parametrize("cut", ["window", "document"])
+def test_a_query_has_the_segment_and_the_position_of_its_mask(setting, architecture, cut):
+    corpus = MemoryCorpus()
+    where = dataclasses.replace(setting(architecture, 64), corpus=corpus)
+    bound = ErnieGram(cut=cut, bigrams=200, trigrams=50, min_count=1).bind(where)
+    names = ("segment_ids", "positions", "isolated", "loss_weights", "input_tokens")
+    for pack in (False, True):
+        pipeline = pipeline_of(bound, corpus, pack=pack, across=False)
+        for step in range(3):
+            batch = pipeline.batch(step)
+            ids, positions, isolated, weights, tokens = (
+                batch[f"{architecture}_{name}"] for name in names
+            )
+            assert isolated.any()
+            for row, query in np.argwhere(isolated):
+                texts = (positions[row] == 0) & (isolated[row] == 0)
+                mask = np.flatnonzero(texts[:query])[-1] + positions[row, query]
+                assert mask < query and weights[row, mask] and not isolated[row, mask]
+                assert tokens[row, mask] == bound.setting.vocabulary.mask_id
+                assert ids[row, mask] == ids[row, query] > 0
 
 
 @pytest.mark.parametrize("architecture", SpanCorruption.architectures)

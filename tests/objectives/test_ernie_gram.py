@@ -229,6 +229,15 @@ def test_units_of_one_token_give_bert(setting, bind):
     assert bert.unit == ours.unit
 
 
+def test_held_out_data_is_hidden_at_its_own_rate(bind):
+    assert bind().evaluation() is bind()
+    assert bind(rate=0.4, eval_rate=None).evaluation().rate == 0.4
+    measured = bind(rate=0.4).evaluation()
+    assert measured.rate == 0.15 and measured.lengths == bind(rate=0.4).lengths
+    one, other = (o.corrupt(record(40), generator(0, "x")) for o in (measured, bind()))
+    np.testing.assert_array_equal(one.tokens, other.tokens)
+
+
 def test_readable(bind):
     objective = bind(length=64)
     example = objective.corrupt(Record(np.array([50, 30, 31, 52]), np.zeros(4)), generator(5, "x"))
@@ -254,6 +263,7 @@ def test_readable(bind):
         (lambda make: ErnieGram(masking="contiguous"), "comprehensive and ErnieGram.relation"),
         (lambda make: ErnieGram(bigrams=0, trigrams=0), "are both 0"),
         (lambda make: ErnieGram(rate=1.5), "ErnieGram.rate is 1.5"),
+        (lambda make: ErnieGram(eval_rate=-1.0), "ErnieGram.eval_rate is -1.0"),
         (lambda make: ErnieGram().bind(make("encoder", mask=False)), "has no mask token"),
         (lambda make: ErnieGram().bind(make("encoder", num_sentinels=5)), "extra_ids to at least"),
         (lambda make: ErnieGram().bind(make("encoder", 1)), "train.length is 1"),
@@ -319,6 +329,30 @@ def test_known_losses_of_a_model_that_knows_nothing(whole):
     assert float(total_loss(terms)) == pytest.approx(total, abs=1e-3)
 
 
+def test_only_its_own_loss_moves_the_generator(whole):
+    """And its samples pass no gradient on."""
+    objective, network, params, batch, _ = whole
+    key = jax.random.key(0)
+
+    @quick_jit
+    def gradients(params):
+        def of(*names):
+            terms = lambda p: objective.losses(network.apply, p, None, batch, key, False)  # noqa: E731
+            return jax.grad(lambda p: sum(terms(p)[name].sum for name in names))(params)
+
+        model = of("coarse_cross_entropy", "fine_cross_entropy", "replaced_token_detection")
+        return model, of("generator_cross_entropy")
+
+    largest = functools.partial(jax.tree.map, lambda g: float(np.abs(g).max()))
+    model, generator = map(largest, gradients(params))
+    own = ("generator", "generator_ngram_head")
+    assert set(jax.tree.leaves([model[name] for name in own])) == {0.0}
+    assert max(jax.tree.leaves(generator["relation_head"])) == 0
+    assert max(jax.tree.leaves(generator["model"]["encoder"]["layers_0"])) == 0
+    for moved in ([generator[name] for name in own], model["relation_head"], model["model"]):
+        assert max(jax.tree.leaves(moved)) > 0
+
+
 def test_a_sample_that_is_right_counts_as_original(whole):
     """A generator that says one token whatever it sees is right where that token was hidden."""
     _, network, params, batch, losses = whole
@@ -381,6 +415,28 @@ def test_losses_are_those_of_all_logits(bind):
     assert set(terms) == {
         f"{x}_{y}" for x in ("coarse", "fine") for y in ("cross_entropy", "accuracy")
     }
+
+
+def test_units_of_one_token_have_the_loss_of_bert(setting, bind):
+    objective = bind(length=32, bigrams=0, trigrams=0, **CONTIGUOUS)
+    bert = MaskedLM(mask_probability=1.0, random_probability=0.0).bind(setting("encoder", 32))
+    network, params, batch = made(objective)
+    apply = bert.network(config()).apply
+    assert jax.tree.structure(params) == jax.tree.structure(
+        jax.eval_shape(bert.network(config()).init, {"params": jax.random.key(0)}, batch)["params"]
+    )
+
+    @quick_jit
+    def both(params, batch):
+        key = jax.random.key(0)
+        ours = objective.losses(network.apply, params, None, batch, key, False)
+        return ours, bert.losses(apply, params, None, batch, key, False)
+
+    ours, theirs = both(params, batch)
+    assert ours.keys() == theirs.keys() and ours["cross_entropy"].sum > 1
+    for name, term in ours.items():
+        np.testing.assert_allclose(term.sum, theirs[name].sum, rtol=1e-6)
+        assert term.weight == theirs[name].weight == batch["encoder_loss_weights"].sum()
 
 
 @pytest.mark.parametrize("position", ["relative", "learned"])

@@ -186,6 +186,12 @@ def test_rates_of_documents_and_of_modes(setting, record):
     assert abs(spm - expected) <= 3 * np.sqrt(expected * (1 - share))
 
 
+def test_half_of_the_documents_are_permuted(setting, record):
+    objective, drawn = FIM().bind(setting("decoder", 64)), record(9)
+    texts = (objective.corrupt(drawn, generator(s, "x")).targets for s in range(2000))
+    assert abs(sum(MID in text for text in texts) - 1000) <= 3 * np.sqrt(500)
+
+
 def test_cuts_are_uniform(setting, record):
     objective = bind(setting, fim_rate=1.0, spm_rate=0.0)
     drawn, places = record(4), []

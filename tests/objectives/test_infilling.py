@@ -37,6 +37,25 @@ def test_sentinels(setting, record, objective, architecture):
     assert form.stop_id == EOS
 
 
+@pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder"])
+@pytest.mark.parametrize(
+    "objective", [SpanCorruption(), SpanCorruption(random_roll=True), UL2(), UL2(random_roll=False)]
+)
+def test_as_many_blanks_can_be_asked_for_as_were_taught(setting, record, objective, architecture):
+    bound = objective.bind(setting(architecture, 128))
+    form = bound.infilling()
+    taught = 0
+    for part, _ in bound.components().values():
+        if isinstance(objective, UL2) and part.denoiser.mode != "R":
+            continue
+        raw = part.unit.raw_length
+        for seed in range(30):
+            example = part.corrupt(record(raw, seed), generator(seed, "x"))
+            taught = max(taught, np.isin(example.targets, setting().vocabulary.sentinels).sum())
+    assert form.most_blanks == taught < 20
+    np.testing.assert_array_equal(form.marks, setting().vocabulary.sentinels[:taught])
+
+
 def test_objectives_without_spans_teach_no_infilling(setting):
     only_s = UL2(denoisers=[("S", None, 0.25)], rates=None)
     for objective in (CausalLM(), PrefixLM(), only_s):

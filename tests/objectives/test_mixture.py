@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 
 from objectives.causal_lm import CausalLM
+from objectives.codegen2 import CodeGen2
+from objectives.fim import FIM
 from objectives.mixture import Mixture
 from objectives.mlm import MaskedLM
 from objectives.phases import Phases
 from objectives.prefix_lm import PrefixLM
 from objectives.span_corruption import SpanCorruption
+from objectives.ul2 import UL2
 from t5like.errors import UserError
 
 
@@ -68,6 +71,20 @@ def test_logits_are_computed_for_as_many_positions_as_the_most_demanding_part_as
     assert predictions(few=few, clm=CausalLM()) is None
 
 
+def test_masked_language_models_of_other_rates_share_their_batches(decoder):
+    """Their loss is one, in which logits are computed for as many positions as any asks for."""
+    few, more = MaskedLM(rate=0.15), MaskedLM(rate=0.4, whole_word=True)
+    for parts in ({"few": few, "more": more}, {"more": more, "few": few}):
+        [(name, track)] = Mixture(objectives=parts).bind(decoder).tracks().items()
+        assert name == "+".join(parts)
+        assert track.usual_predictions == more.bind(decoder).usual_predictions
+        assert track.usual_predictions > few.bind(decoder).usual_predictions
+        rates = {part.rate for part, _ in track.evaluation().components().values()}
+        assert rates == {0.15}
+    other = Mixture(objectives={"few": few, "other": MaskedLM(z_loss=1e-4)}).bind(decoder)
+    assert list(other.tracks()) == ["few", "other"]
+
+
 def test_held_out_data_is_measured_as_each_part_measures_it(decoder):
     parts = {"a": CausalLM(), "b": MaskedLM(rate=0.4, eval_rate=0.15)}
     mixture = Mixture(objectives=parts).bind(decoder)
@@ -120,6 +137,7 @@ def test_what_the_parts_can_be_asked(decoder):
         (dict(objectives={}), r"Mixture.objectives is \{\}"),
         (dict(objectives={"a": 3}), r"Mixture.objectives\['a'\] is 3"),
         (dict(objectives={"a/b": CausalLM()}), "without '/'"),
+        (dict(objectives={"a+b": CausalLM()}), "the name 'a\\+b'; use one without '/' and '\\+'"),
         (dict(objectives={"a": CausalLM()}, rates={"b": 1.0}), "one rate for each"),
         (dict(objectives={"a": CausalLM()}, rates={"a": 0.0}), "make it more than 0"),
     ],
@@ -132,6 +150,41 @@ def test_mistakes_are_named(fields, message):
 def test_a_part_that_cannot_train_the_architecture_says_so(setting):
     with pytest.raises(UserError, match="CausalLM cannot train architecture 'encoder'"):
         Mixture(objectives={"mlm": MaskedLM(), "clm": CausalLM()}).bind(setting("encoder"))
+
+
+SPANS = {"codegen2": CodeGen2(), "fim": FIM()}
+MODES = {"codegen2": CodeGen2(), "ul2": UL2()}
+
+
+@pytest.mark.parametrize(
+    "parts, length, extra_ids, clash",
+    [
+        (SPANS, 256, 12, "CodeGen2 marks .* is <fim_suffix> to FIM: raise .*extra_ids to 16"),
+        (SPANS, 2048, 40, "CodeGen2 marks .* is <fim_suffix> to FIM: raise .*extra_ids to 44"),
+        # Of UL2's denoisers only those with the most spans reach so far, and R is none of them.
+        (MODES, 64, 12, "UL2 marks .* is <eom> to CodeGen2: raise .*extra_ids to 19"),
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_sentinel_that_means_two_things_is_an_error(
+    setting, parts, length, extra_ids, clash, nested
+):
+    mixture = Mixture(objectives=parts)
+    if nested:
+        mixture = Phases(phases=[CausalLM(), mixture], until=[0.5])
+    with pytest.raises(UserError, match=clash) as error:
+        mixture.bind(setting("decoder", length, num_sentinels=extra_ids))
+    enough = int(str(error.value).rpartition(" ")[2])
+    mixture.bind(setting("decoder", length, num_sentinels=enough))
+    for part in parts.values():
+        part.bind(setting("decoder", length, num_sentinels=extra_ids))
+
+
+def test_where_sentinels_are_many_nothing_clashes(setting):
+    parts = {**SPANS, **MODES}
+    for length in (64, 256):
+        bound = Mixture(objectives=parts).bind(setting("decoder", length, num_sentinels=100))
+        assert {"<sep>", "[X]", "<fim_suffix>"} <= set(bound.named_tokens.values())
 
 
 def test_a_bound_mixture_can_be_changed_and_bound_again(decoder, setting):

@@ -140,19 +140,20 @@ def test_counts_of_masks(length, density, mean, seed, roll):
         assert runs == spans and not mask[0] and mask[-1]
 
 
-@given(st.integers(1, 40), st.integers(0, 10**6), st.data())
-def test_segmentation_is_positive_and_sums(items, seed, data):
-    segments = data.draw(st.integers(1, items))
-    sizes = noise.random_segmentation(items, segments, generator(seed, "x"))
-    assert len(sizes) == segments and sizes.sum() == items and sizes.min() >= 1
-
-
-def test_segmentation_is_uniform_over_compositions():
-    rng = generator(0, "x")
-    draws = [tuple(noise.random_segmentation(5, 3, rng)) for _ in range(6000)]
-    kinds, counts = np.unique(draws, axis=0, return_counts=True)
-    assert len(kinds) == 6  # C(4, 2)
-    assert np.abs(counts - 1000).max() < 5 * np.sqrt(1000)
+@settings(max_examples=200, deadline=None)
+@given(st.integers(2, 120), DENSITIES, MEANS, st.integers(0, 10**6))
+def test_the_split_is_what_t5_makes_of_the_mask(length, density, mean, seed):
+    tokens, sentinels = np.arange(100, 100 + length), np.arange(999, 899, -1)
+    spans = noise.random_spans(length, density, mean, generator(seed, "x"))
+    mask = noise.mask_of(spans, length)
+    split = noise.split_at_spans(spans, length)
+    for source, slots, of_t5 in (
+        (split.inputs, split.input_sentinels, noise.noise_span_to_unique_sentinel),
+        (split.targets, split.target_sentinels, noise.nonnoise_span_to_unique_sentinel),
+    ):
+        ours = tokens[source]
+        ours[slots] = sentinels[: len(slots)]
+        assert ours.tolist() == of_t5(tokens, mask, sentinels).tolist()
 
 
 def test_random_spans_segment_both_sides_uniformly():

@@ -121,6 +121,7 @@ def test_a_model_is_asked_what_its_last_phase_taught_first(decoder):
         (dict(phases=[CausalLM(), MaskedLM()], until=0.5), "Phases.until is 0.5"),
         (dict(phases=[CausalLM(), MaskedLM()], until=[1.0]), "Phases.until has 1.0"),
         (dict(phases=[CausalLM(), MaskedLM()], until=[0]), "Phases.until has 0"),
+        (dict(phases=[CausalLM(), MaskedLM()], until=[True]), "Phases.until has True"),
         (dict(phases=[CausalLM()] * 3, until=[0.5, 0.25]), "must rise"),
     ],
 )

@@ -98,6 +98,14 @@ def test_a_document_that_is_too_long_loses_its_end(corpus, bound):
     assert len(tokens) == 200
 
 
+@pytest.mark.parametrize("fields", [{}, {"whole_word": False}])
+def test_a_document_of_no_tokens_is_ranked_and_hides_nothing(fields):
+    record = Record(np.empty(0, np.int32), np.empty(0, np.int32))
+    for member in bind(**fields).corrupt(record, generator(0, "x")).members:
+        drawn, shown = parts(member)
+        assert len(drawn) and not len(shown) and not member.weights.any()
+
+
 def test_the_more_likely_set_is_first_and_the_second_wins_ties(corpus):
     bound = bind(min_frequency=1)
     record, sampler = corpus.record(5), bound._sampler

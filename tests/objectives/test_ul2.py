@@ -462,6 +462,7 @@ def test_a_prefix_lm_with_a_sentinel_fills_its_rows(setting, record):
         ({"rates": [1, 2]}, "UL2.rates is .*each of the 7 UL2.denoisers"),
         ({"rates": [0] * 7}, "UL2.rates is .*positive"),
         ({"mode_tokens": {"R": "[R]", "X": "[X]"}}, "UL2.mode_tokens is .*'S'"),
+        ({"mode_tokens": dict.fromkeys("RSX", "[R]")}, "UL2.mode_tokens is .*token of its own"),
     ],
 )
 def test_bad_fields_are_named(fields, message):
