@@ -10,9 +10,9 @@ before the clock starts; their own speed is printed beside.
 
 from __future__ import annotations
 
+import argparse
 import os
 import pathlib
-import sys
 import tempfile
 import time
 
@@ -32,8 +32,13 @@ QUICKSTART = "gin_configs/runs/quickstart.gin"
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", help="pages of gin_configs/objectives, without .gin")
+    names = parser.parse_args().names
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    print(measured(sys.argv[1:]))
+    print(measured(names))
 
 
 def measured(names: list[str] | None = None) -> str:

@@ -90,4 +90,9 @@ def shortened(page: str):
         lines += f"# {name}\n"
     bindings = [b for b in MEASURES if b.partition(" ")[0] in lines]
     compare = config.load([path], bindings, root="compare").run
-    return dataclasses.replace(compare, seeds=[0], flops=None, tokens=256.0, points=1)
+    # A control that differs by its budget alone would be the same run again.
+    again = {name for name in compare.factors if name not in compare.hidden}
+    kept = {name: run for name, run in compare.runs.items() if name not in again}
+    return dataclasses.replace(
+        compare, runs=kept, factors={}, seeds=[0], flops=None, tokens=256.0, points=1
+    )
