@@ -43,6 +43,12 @@ def bindings() -> list[str]:
     return list(FLAGS.gin_bindings) + extra
 
 
+def no_arguments(arguments: Sequence[str]) -> None:
+    """Raises UserError if there is a positional argument, for commands that take none."""
+    if arguments:
+        raise UserError(f"unexpected argument {arguments[0]!r}: flags start with --")
+
+
 def complain(error: Exception) -> None:
     """Prints an error as one line on standard error."""
     print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)

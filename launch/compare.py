@@ -24,8 +24,7 @@ flags.adopt_module_key_flags(cli)
 
 
 def main(arguments: list[str]) -> int:
-    if arguments:
-        raise UserError(f"unexpected argument {arguments[0]!r}: flags start with --")
+    cli.no_arguments(arguments)
     if FLAGS.workdir is None:
         raise UserError("no workdir: pass --workdir=DIR, where the comparison will live")
     if FLAGS.seed is not None:

@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.assemble import Data
+from launch.files import write_whole
 from launch.networks import Network
-from t5like.data.atomic import writing
 from t5like.data.examples import Seq2Seq
 from t5like.data.pipeline import Pipeline
 from t5like.evaluation.input_use import InputUse, measure_input_use
@@ -45,9 +45,8 @@ def report(
         pipeline.one_pass(limit),
         data.vocabulary.special_ids,
     )
-    path = epath.Path(workdir) / "quality.json"
-    with writing(path):
-        path.write_text(json.dumps(dataclasses.asdict(use)) + "\n")
+    text = json.dumps(dataclasses.asdict(use)) + "\n"
+    write_whole(epath.Path(workdir) / "quality.json", text)
     console = Console()
     console.print(losses_table(use))
     for shown in infills(data, pipeline, params):

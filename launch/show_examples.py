@@ -53,10 +53,8 @@ def define_flags() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    from t5like.errors import UserError
 
-    if arguments:
-        raise UserError(f"unexpected argument {arguments[0]!r}: flags start with --")
+    cli.no_arguments(arguments)
     pipelines = assemble_pipelines(
         FLAGS.gin_file or [DEFAULT_PAGE], cli.bindings(), FLAGS.workdir, FLAGS.input
     )

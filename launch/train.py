@@ -21,8 +21,7 @@ def main(arguments: list[str]) -> int:
     from launch.training import train
     from t5like.errors import UserError
 
-    if arguments:
-        raise UserError(f"unexpected argument {arguments[0]!r}: flags start with --")
+    cli.no_arguments(arguments)
     if FLAGS.workdir is None:
         raise UserError("no workdir: pass --workdir=DIR, where the run will live")
     return train(FLAGS.gin_file, cli.bindings(), FLAGS.workdir)

@@ -94,7 +94,8 @@ def train_resolved(
         lambda steps: spent(tracks, plan(steps).counts(steps))
     )
     kept = sorted({max(1, round(total_steps * k / points)) for k in range(1, points + 1)})
-    batches = PlannedBatches(data.pipelines, plan(total_steps))
+    steps_plan = plan(total_steps)
+    batches = PlannedBatches(data.pipelines, steps_plan)
     write_whole(epath.Path(workdir) / "config.gin", resolved.text())
     result = fit(
         init_fn=union_of(networks),
@@ -126,7 +127,7 @@ def train_resolved(
         hash_fn=Pipeline.hash if run.batch_hashes else None,
         progress=progress,
     )
-    active = plan(total_steps).active(total_steps)
+    active = steps_plan.active(total_steps)
     measured = [(name, pipeline) for name, pipeline in evals.values() if name in active]
     if run.quality and measured:
         from launch import quality
@@ -134,8 +135,7 @@ def train_resolved(
         name, pipeline = measured[0]
         params, limit = result.state.params, run.eval_batches
         quality.report(data, networks[name], pipeline, params, workdir, limit)
-    counts = plan(total_steps).counts
-    return Trained(result, tuple(kept), lambda step: spent(tracks, counts(step)))
+    return Trained(result, tuple(kept), lambda step: spent(tracks, steps_plan.counts(step)))
 
 
 def make_track(data: assemble.Data, networks: Mapping[str, Network], name: str) -> Track:

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from objectives.next_token import CausalText, all_predicted, append, several_documents
-from t5like.data.examples import Document, Lengths, Record, Seq2Seq, Unit, Window
+from t5like.data.examples import Lengths, Record, Seq2Seq
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,10 +24,9 @@ class CausalLM(CausalText):
     """
 
     @property
-    def unit(self) -> Unit:
-        if self.cut == "document":
-            return Document(max(self.setting.length - 1, 1))
-        return Window(self.setting.length, separator=self._eos)
+    def _raw_length(self) -> int:
+        length = self.setting.length
+        return max(length - 1, 1) if self.cut == "document" else length
 
     def bounds(self, raw_length: int, rng: np.random.Generator) -> Lengths:
         return Lengths(0, raw_length + (self.cut == "document"))

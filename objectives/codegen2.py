@@ -21,7 +21,7 @@ from objectives.next_token import (
 )
 from objectives.segments import rewritten, segments
 from objectives.special_tokens import sentinels_left, special_tokens
-from t5like.data.examples import Document, Lengths, Record, Seq2Seq, Unit, Window
+from t5like.data.examples import Lengths, Record, Seq2Seq
 from t5like.errors import UserError
 from t5like.inference.infill_formats import MaskedSpans
 
@@ -164,12 +164,6 @@ class CodeGen2(CausalText):
     @functools.cached_property
     def _raw_length(self) -> int:
         return noise.longest_raw(lambda n: self._worst_case(n) <= self.setting.length, 0)
-
-    @property
-    def unit(self) -> Unit:
-        if self.cut == "document":
-            return Document(self._raw_length)
-        return Window(self._raw_length, separator=self._eos)
 
     def bounds(self, raw_length: int, rng: np.random.Generator) -> Lengths:
         return Lengths(0, self._grown(raw_length, len(self._wanted(raw_length, rng))))

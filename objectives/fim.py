@@ -22,7 +22,7 @@ from objectives.next_token import (
 )
 from objectives.segments import rewritten, segments
 from objectives.special_tokens import special_tokens
-from t5like.data.examples import Document, Lengths, Record, Seq2Seq, Unit, Window
+from t5like.data.examples import Lengths, Record, Seq2Seq
 from t5like.errors import UserError
 from t5like.inference.infill_formats import PrefixSuffixMiddle
 
@@ -134,12 +134,6 @@ class FIM(CausalText):
     @property
     def _raw_length(self) -> int:
         return self.setting.length - self._grown(0, self._most_permuted)
-
-    @property
-    def unit(self) -> Unit:
-        if self.cut == "document":
-            return Document(self._raw_length)
-        return Window(self._raw_length, separator=self._eos)
 
     def bounds(self, raw_length: int, rng: np.random.Generator) -> Lengths:
         permuted = self._most_permuted

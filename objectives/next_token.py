@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from objectives.base import Objective, Setting
-from t5like.data.examples import Lengths, Record, Seq2Seq
+from t5like.data.examples import Document, Lengths, Record, Seq2Seq, Unit, Window
 from t5like.errors import UserError
 
 Cut = Literal["window", "document"]
@@ -84,6 +84,17 @@ class CausalText(NextToken):
     """Base of objectives whose decoder predicts every token of a text from those before it."""
 
     architectures = ("decoder",)
+
+    @property
+    def _raw_length(self) -> int:
+        """Tokens of a record that fill a row at most, whatever is made of them."""
+        raise NotImplementedError
+
+    @property
+    def unit(self) -> Unit:
+        if self.cut == "document":
+            return Document(self._raw_length)
+        return Window(self._raw_length, separator=self._eos)
 
     @property
     def lengths(self) -> Lengths:
