@@ -1,4 +1,5 @@
-# Two commands on a fresh machine with Python 3.11 to 3.13: `make train` and `make test`.
+# Two commands on a fresh machine with Python 3.11 to 3.13: `make train` and `make test`; a third,
+# `make hardware`, compiles the kernels for TPUs and an H100 on a machine that has neither.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 WORKDIR ?= runs/quickstart
@@ -9,7 +10,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # Fewer page faults for XLA's temporaries: a fifth of a small model's step on a CPU.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: train test lint lock clean
+.PHONY: train test hardware hardware-tpu hardware-cuda lint lock clean
 
 train: .venv/base
 	$(BIN)/python launch/train.py --gin_file=$(PAGE) --workdir=$(WORKDIR) $(ARGS)
@@ -30,6 +31,23 @@ test: .venv/test
 	  $(PIP) -r requirements/test.txt; else $(PIP) -e '.[test]'; fi
 	touch $@
 
+# Each compiler has an environment of its own: both register themselves with jax. The suite's own
+# conftest stays out, because it wants what these environments lack.
+hardware: hardware-tpu hardware-cuda
+COMPILES := -m pytest --confcutdir=tests/hardware
+
+hardware-tpu: .venv-tpu/ready
+	.venv-tpu/bin/python $(COMPILES) tests/hardware/test_tpu_compiles.py $(ARGS)
+	.venv-tpu/bin/python $(COMPILES) tests/hardware/test_tpu_schedules.py $(ARGS)
+
+hardware-cuda: .venv-cuda/ready
+	.venv-cuda/bin/python $(COMPILES) tests/hardware/test_h100_compiles.py $(ARGS)
+
+.venv-tpu/ready .venv-cuda/ready: .venv-%/ready: requirements/%.txt requirements/base.txt requirements/test.txt
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install -qq --disable-pip-version-check -r $<
+	touch $@
+
 lint: .venv/test
 	$(BIN)/python -m ruff check .
 
@@ -39,4 +57,4 @@ lock:
 	$(BIN)/python requirements/lock.py
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-tpu .venv-cuda build *.egg-info

@@ -1,4 +1,8 @@
-"""T5's relative position bias (Raffel et al. 2020, section 2.1), symbolic like the masks."""
+"""T5's relative position bias (Raffel et al. 2020, section 2.1), symbolic like the masks.
+
+What kernels add to logits is one of three kinds: `Distances`, a value a distance; `Buckets`,
+where positions repeat or jump; and `Array`, any bias written out. `lowered` chooses.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ def relative_position_bucket(
     cover up to `max_distance` in logarithmic steps, and the last one everything beyond.
 
     Args:
-      distance: int, key position minus query position, any shape.
+      distance: int, key position minus query position, any shape; NumPy's is answered in NumPy.
       bidirectional: keys after the query get the upper half of the buckets; when False they all
         fall in bucket 0.
       num_buckets: rows of the table, a positive even number when bidirectional.
@@ -28,20 +32,23 @@ def relative_position_bucket(
     Returns:
       int32 of distance's shape, in [0, num_buckets).
     """
-    side, buckets = jnp.zeros_like(distance), num_buckets
+    xp = np if isinstance(distance, np.ndarray) else jnp
+    side, buckets = xp.zeros_like(distance), num_buckets
     if bidirectional:
         buckets //= 2
-        side = jnp.where(distance > 0, buckets, 0)
-        distance = jnp.abs(distance)
+        side = xp.where(distance > 0, buckets, 0)
+        distance = xp.abs(distance)
     else:
-        distance = jnp.maximum(-distance, 0)
+        distance = xp.maximum(-distance, 0)
     exact = buckets // 2
     # The added epsilon is part of T5's own float32 formula: boundaries such as 16, 32 and 64
     # fall where its checkpoints were trained to have them.
-    ratio = distance.astype(jnp.float32) / exact + np.finfo(np.float32).eps
-    steps = jnp.log(ratio) / np.log(max_distance / exact) * (buckets - exact)
-    far = jnp.minimum(exact + steps.astype(jnp.int32), buckets - 1)
-    return (side + jnp.where(distance < exact, distance, far)).astype(jnp.int32)
+    ratio = distance.astype(np.float32) / np.float32(exact) + np.finfo(np.float32).eps
+    scale = np.float32(np.log(max_distance / exact))
+    steps = xp.log(ratio) / scale * np.float32(buckets - exact)
+    # As floats: the logarithm of a distance of 0 has no integer.
+    far = xp.minimum(exact + xp.trunc(xp.maximum(steps, 0)), buckets - 1)
+    return (side + xp.where(distance < exact, distance, far)).astype(np.int32)
 
 
 @functools.partial(
@@ -88,7 +95,7 @@ class RelativeBias:
         q = jnp.arange(q_len)[None] if self.q_positions is None else self.q_positions
         kv = jnp.arange(kv_len)[None] if self.kv_positions is None else self.kv_positions
         bucket = self.buckets(kv[:, None, :] - q[:, :, None])  # [B or 1, Q, K]
-        return jnp.moveaxis(self.table[bucket], -1, 1)
+        return jnp.moveaxis(jnp.asarray(self.table)[bucket], -1, 1)
 
     def _between_slots(self, q_len: int, kv_len: int) -> jax.Array:
         """[H, Q, K] whose entry (i, j) is the value of distance j - i.
@@ -99,8 +106,92 @@ class RelativeBias:
         """
         period = q_len + kv_len
         distance = (jnp.arange(period) + q_len) % period - q_len  # 0..K-1, then -Q..-1
-        values = self.table[self.buckets(distance)].T  # [H, Q + K]
+        values = jnp.asarray(self.table)[self.buckets(distance)].T  # [H, Q + K]
         heads = values.shape[0]
         rows = jnp.broadcast_to(values[:, None], (heads, q_len, period)).reshape(heads, -1)
         rows = rows[:, : q_len * (period - 1)].reshape(heads, q_len, period - 1)
         return rows[:, :, :kv_len]
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Distances:
+    """A bias that depends on the distance of slots.
+
+    Attributes:
+      values: [H, Q + K]: values[h, d + Q] is added where key slot - query slot = d.
+    """
+
+    values: jax.Array
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["table", "q_positions", "kv_positions"],
+    meta_fields=["bidirectional", "thresholds"],
+)
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """A relative position bias between explicit positions, in any order.
+
+    Attributes:
+      table: [num_buckets, H].
+      q_positions, kv_positions: int32 [B or 1, Q] and [B or 1, K].
+      bidirectional: see `relative_position_bucket`.
+      thresholds: never falling; a distance falls in the bucket of its side that is the number
+        of thresholds up to its absolute value. Sides: keys up to the query from row 0 on; keys after
+        it from row num_buckets / 2 on, or row 0 alone when not bidirectional.
+    """
+
+    table: jax.Array
+    q_positions: jax.Array
+    kv_positions: jax.Array
+    bidirectional: bool
+    thresholds: tuple[int, ...]
+
+    def index(self, distance: jax.Array) -> jax.Array:
+        """Rows of the table for distances (key - query), int32 of any shape, without a table."""
+        magnitude = jnp.abs(distance) if self.bidirectional else jnp.maximum(-distance, 0)
+        bucket = jnp.zeros_like(distance)
+        for threshold in self.thresholds:
+            bucket += (magnitude >= threshold).astype(jnp.int32)
+        if self.bidirectional:
+            bucket += jnp.where(distance > 0, self.table.shape[0] // 2, 0)
+        return bucket
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """Any bias: [B or 1, H or 1, Q or 1, K]."""
+
+    array: jax.Array
+
+
+Lowered = Distances | Buckets | Array | None
+
+
+def lowered(
+    bias: jax.Array | RelativeBias | None, lengths: tuple[int, int], padded: tuple[int, int]
+) -> Lowered:
+    """What kernels add to the logits of `lengths` = (Q, K) slots padded to `padded`."""
+    if bias is None:
+        return None
+    more = [p - n for p, n in zip(padded, lengths, strict=True)]
+    if isinstance(bias, RelativeBias):
+        table = jnp.asarray(bias.table)
+        if bias.q_positions is None and bias.kv_positions is None:
+            return Distances(table[bias.buckets(jnp.arange(-padded[0], padded[1]))].T)
+        positions = [
+            jnp.pad(jnp.arange(n)[None] if p is None else p, ((0, 0), (0, m))).astype(jnp.int32)
+            for p, n, m in zip((bias.q_positions, bias.kv_positions), lengths, more, strict=True)
+        ]
+        return Buckets(table, *positions, bias.bidirectional, _thresholds(bias))
+    widths = [(0, 0), (0, 0), (0, more[0] if bias.shape[2] > 1 else 0), (0, more[1])]
+    return Array(jnp.pad(bias, widths) if any(more) else jnp.asarray(bias))
+
+
+def _thresholds(bias: RelativeBias) -> tuple[int, ...]:
+    steps = np.diff(bias.buckets(-np.arange(bias.max_distance + 1)))
+    # A distance that skips a bucket is the threshold of both.
+    return tuple(int(d) for d in np.repeat(np.arange(1, bias.max_distance + 1), steps))

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 import gin
 from flax import linen as nn
 
+from kernels import masks
 from t5like.errors import UserError
 
 ROOMS = (
@@ -34,6 +35,11 @@ ROOMS = (
     "t5like.training.optimizers",
     "t5like.training.schedules",
 )
+# Masks that a page can write down, for ModelConfig.attention_pattern: those without arrays.
+MASKS = (
+    "AShape", "And", "BigBird", "Causal", "Dilated", "Full", "GlobalTokens", "Not", "Or",
+    "SlidingWindow",
+)  # fmt: skip
 # What a command line builds: name -> where its class is.
 ROOTS = {
     "train": "launch.run_config.RunConfig",
@@ -63,6 +69,7 @@ def configurable_classes() -> dict[str, type]:
                 ours = cls.__module__ == module.__name__ and not name.startswith("_")
                 if ours and not issubclass(cls, nn.Module):
                     found[name] = cls
+    found |= {name: getattr(masks, name) for name in MASKS}
     bases = {base for cls in found.values() for base in cls.__mro__[1:]}
     return {
         name: cls

@@ -36,7 +36,7 @@ def masks_of(row: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     found = {}
     for name, (mask, query, key) in masks.items():
         lengths = (len(row[f"{stack}_segment_ids"]) for stack in (query, key))
-        dense = np.asarray(mask.dense(*lengths))[0]
+        dense = np.asarray(mask.dense(*lengths))[0, 0]
         found[name] = dense[real(row, query)][:, real(row, key)]
     return found
 

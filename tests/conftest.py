@@ -11,6 +11,9 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+# `make hardware` runs these, in environments of their own.
+collect_ignore = ["hardware"]
+
 # Compilation and busy machines make the first example of a property slow.
 hypothesis.settings.register_profile("t5like", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("t5like")

@@ -31,7 +31,7 @@ def attention(
         logits += bias.astype(jnp.float32)
     if logits_soft_cap is not None:
         logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
-    visible = mask.dense(q.shape[1], k.shape[1])[:, None]  # [B or 1, 1, Q, K]
+    visible = mask.dense(q.shape[1], k.shape[1])  # [B or 1, H or 1, Q, K]
     any_visible = visible.any(-1, keepdims=True)
     # A row that sees nothing gets finite logits first, so that no NaN enters its gradient.
     logits = jnp.where(visible, logits, jnp.where(any_visible, -jnp.inf, 0.0))

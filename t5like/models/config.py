@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from kernels.masks import Mask
 from t5like.errors import UserError
 
 Architecture = Literal["encoder", "decoder", "encoder_decoder"]
@@ -60,6 +61,11 @@ class ModelConfig:
         longer grows with depth.
       remat: what the backward pass recomputes: nothing, whole layers ("full"), or all but the
         outputs of matrix products with weights ("dots").
+      attention_pattern: a mask that further limits self-attention, in the encoder or in the one
+        stack, such as BigBird() or Or(SlidingWindow(512, 512), GlobalTokens(1)); blocks in which
+        it shows nothing cost nothing. It speaks of slots; the first tokens of GlobalTokens are
+        those of each example of a packed row. None: no limit.
+      decoder_attention_pattern: the same for the decoder of an encoder-decoder.
       attention_backend: see kernels.attention; None chooses.
     """
 
@@ -102,6 +108,8 @@ class ModelConfig:
     param_dtype: str = "float32"
     scan_layers: bool = False
     remat: Literal["none", "full", "dots"] = "none"
+    attention_pattern: Mask | None = None
+    decoder_attention_pattern: Mask | None = None
     attention_backend: str | None = None
 
     def __post_init__(self):
@@ -118,6 +126,17 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"ModelConfig.{name} = {value} must be at least 1")
+        for name in ("attention_pattern", "decoder_attention_pattern"):
+            value = getattr(self, name)
+            if not (value is None or isinstance(value, Mask)):
+                raise UserError(
+                    f"ModelConfig.{name} = {value!r} is no mask: bind one, as in @BigBird()"
+                )
+        if self.decoder_attention_pattern is not None and self.architecture != "encoder_decoder":
+            raise UserError(
+                f"ModelConfig.decoder_attention_pattern is for an encoder-decoder: of an "
+                f"architecture {self.architecture!r} set attention_pattern"
+            )
         if self.num_heads % self.kv_heads:
             raise UserError(
                 f"ModelConfig.num_kv_heads = {self.num_kv_heads} does not divide num_heads = "
@@ -140,6 +159,12 @@ class ModelConfig:
     def embedding_width(self) -> int:
         """E, resolved."""
         return self.d_model if self.embedding_size is None else self.embedding_size
+
+    def pattern(self, stack: str) -> Mask | None:
+        """The attention pattern of a stack, "encoder" or "decoder"."""
+        if stack == "decoder" and self.architecture == "encoder_decoder":
+            return self.decoder_attention_pattern
+        return self.attention_pattern
 
     @property
     def stacks(self) -> dict[str, int]:

@@ -2,20 +2,23 @@
 
 Model FLOPs are those the mathematics asks for (PaLM, Chowdhery et al. 2022, appendix B): a
 product of [m, k] and [k, n] counts 2 m k n; embedding lookups, norms, activations and softmax
-count nothing; causal self-attention counts half of the square, with or without a prefix; padding
-and packed segments count as if every slot were a token that sees its whole row; recomputation
-(remat) is not counted.
+count nothing; causal self-attention counts half of the square, with or without a prefix; under an
+attention pattern the pairs that it shows count; padding and packed segments count as if every slot
+were a token that sees its whole row; recomputation (remat) is not counted.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
+from kernels import masks
+from kernels.block_sparse_attention.count import visible_pairs
 from t5like.models.axes import parameter_shapes
 from t5like.models.config import ModelConfig
 
@@ -63,8 +66,8 @@ def _stack_flops(config: ModelConfig, stack: str, shapes: Mapping[str, tuple[int
     joined_kv = config.kv_heads * config.head_dim
     queries_and_out, keys_and_values = 4.0 * d * joined, 4.0 * d * joined_kv
     mlp = (6.0 if config.gated_mlp else 4.0) * d * config.d_ff
-    # Logits and weighted values are 2 L L H Dh each; a causal decoder needs half.
-    square = (2.0 if stack == "decoder" else 4.0) * joined * length**2
+    # Logits and weighted values are 2 H Dh each, a pair of slots.
+    square = 4.0 * joined * _self_pairs(config.pattern(stack), stack, length)
     layer = length * (queries_and_out + keys_and_values + mlp) + square
     if stack == "decoder" and "encoder" in shapes:
         source = shapes["encoder"][1]
@@ -72,6 +75,15 @@ def _stack_flops(config: ModelConfig, stack: str, shapes: Mapping[str, tuple[int
         layer += 4.0 * joined * length * source
     projection = 2.0 * config.embedding_width * d if config.embedding_width != d else 0.0
     return config.stacks[stack] * layer + length * projection
+
+
+@functools.lru_cache(maxsize=64)
+def _self_pairs(pattern: masks.Mask | None, stack: str, length: int) -> float:
+    """Pairs of a row's slots that self-attention is about."""
+    if pattern is None:
+        return length**2 / (2.0 if stack == "decoder" else 1.0)
+    shown = pattern & masks.Causal() if stack == "decoder" else pattern
+    return visible_pairs(shown, length, length)
 
 
 def head_flops(config: ModelConfig) -> float:

@@ -151,6 +151,8 @@ class Transformer(nn.Module):
         mask = masks.Causal(q_positions=positions)
         if prefix_lengths is not None:
             mask |= masks.Prefix(prefix_lengths, q_positions=positions)
+        if self.config.pattern("decoder") is not None:
+            mask &= masks.Rows(self.config.pattern("decoder"), positions)
         context = Context(
             mask,
             slots=positions,
@@ -167,13 +169,16 @@ class Transformer(nn.Module):
 
     def _context(self, batch: Batch, train: bool) -> Context:
         """What the predicting stack's layers see; runs the encoder that it attends to."""
-        context = Context(self_mask(batch, self._predicting))
+        context = Context(self._self_mask(batch, self._predicting))
         if self.config.architecture != "encoder_decoder":
             return context
         return context.replace(encoded=self._encode(batch, train), cross_mask=cross_mask(batch))
 
     def _encode(self, batch: Batch, train: bool) -> jax.Array:
-        return self._run("encoder", batch, Context(self_mask(batch, "encoder")), train)[-1]
+        return self._run("encoder", batch, Context(self._self_mask(batch, "encoder")), train)[-1]
+
+    def _self_mask(self, batch: Batch, stack: str) -> masks.Mask:
+        return self_mask(batch, stack, self.config.pattern(stack))
 
     def _run(
         self,

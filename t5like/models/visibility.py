@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
 from kernels import masks
+from t5like.errors import UserError
 
 Batch = Mapping[str, jax.Array]
 
 
-def self_mask(batch: Batch, stack: str) -> masks.Mask:
+def self_mask(batch: Batch, stack: str, pattern: masks.Mask | None = None) -> masks.Mask:
     """The mask of a stack's self-attention.
 
     Args:
@@ -21,6 +23,7 @@ def self_mask(batch: Batch, stack: str) -> masks.Mask:
         `STACK_isolated`, 1 at slots that see the slots at which it is 0, and themselves, and
         that no other slot sees (the queries of ERNIE-Gram, Xiao et al. 2021, section 3.3).
       stack: "encoder" or "decoder".
+      pattern: limits what is seen further, see ModelConfig.attention_pattern.
     """
     ids = batch.get(f"{stack}_segment_ids")
     mask = segments(ids, ids)
@@ -30,9 +33,27 @@ def self_mask(batch: Batch, stack: str) -> masks.Mask:
         mask = order if ids is None else order & mask
     isolated = batch.get(f"{stack}_isolated")
     if isolated is not None:
+        if pattern is not None:
+            raise UserError(
+                "ModelConfig.attention_pattern speaks of the slots of a text, and this objective "
+                "appends queries that have none: set it to None"
+            )
         everyone = jnp.ones_like(isolated)
         mask &= masks.Segments(everyone, 1 - isolated) | masks.SlidingWindow(0, 0)
+    if pattern is not None:
+        positions = batch.get(f"{stack}_positions")
+        mask &= pattern if positions is None else _in_each_example(pattern, positions)
     return mask
+
+
+def _in_each_example(pattern: masks.Mask, positions: jax.Array) -> masks.Mask:
+    """`pattern` with each example's first tokens global instead of each row's."""
+    if isinstance(pattern, masks.GlobalTokens) and pattern.flags is None:
+        return dataclasses.replace(pattern, flags=positions < pattern.count)
+    if not isinstance(pattern, masks.And | masks.Or | masks.Not):
+        return pattern
+    parts = {field.name: getattr(pattern, field.name) for field in dataclasses.fields(pattern)}
+    return type(pattern)(**{k: _in_each_example(part, positions) for k, part in parts.items()})
 
 
 def cross_mask(batch: Batch) -> masks.Mask:

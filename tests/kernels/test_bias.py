@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from kernels import RelativeBias, relative_position_bucket
+from kernels.bias import lowered
 
 
 def bucket_by_definition(distance: int, bidirectional: bool, num: int, max_distance: int) -> int:
@@ -97,3 +98,18 @@ def test_rows_of_positions():
     q = jnp.array([[3], [0]])
     bias = RelativeBias(table, q, None, bidirectional=False, max_distance=8)
     np.testing.assert_array_equal(bias.dense(1, 5)[:, 0, 0], [[3, 2, 1, 0, 0], [0, 0, 0, 0, 0]])
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("num_buckets, max_distance", [(32, 128), (8, 6), (12, 20)])
+def test_thresholds_find_the_same_buckets(bidirectional, num_buckets, max_distance):
+    """Where a distance skips a bucket too, as 5 does for 8 buckets up to 6."""
+    bias = RelativeBias(
+        jnp.zeros((num_buckets, 1)),
+        jnp.zeros((1, 1), int),
+        bidirectional=bidirectional,
+        max_distance=max_distance,
+    )
+    distance = jnp.arange(-200, 201)
+    buckets = lowered(bias, (1, 4), (1, 4))
+    np.testing.assert_array_equal(buckets.index(distance), bias.buckets(distance))

@@ -41,6 +41,29 @@ CASES = {
         masks.Causal() | masks.Prefix(FLAGS),
         lambda b, i, j: j <= i or (FLAGS[b, i] and FLAGS[b, j]),
     ),
+    "dilated": (masks.Dilated(left=1, right=0, dilation=2), lambda b, i, j: j in (i - 2, i)),
+    "a shape": (masks.AShape(sink=1, window=1), lambda b, i, j: j <= i and (j < 1 or j >= i - 1)),
+    "first tokens": (masks.GlobalTokens(count=1), lambda b, i, j: i == 0 or j == 0),
+    "global columns": (
+        masks.GlobalTokens(flags=FLAGS, rows=False),
+        lambda b, i, j: FLAGS[b, j],
+    ),
+    "bigbird": (
+        masks.BigBird(1, window_blocks=3, global_blocks=1, random_blocks=0),
+        lambda b, i, j: abs(i - j) <= 1 or i == 0 or j == 0,
+    ),
+    "vertical and slash": (
+        masks.VerticalSlash(np.array([[[1, -1]]]), np.array([[[3, -1]]]), block_size=1),
+        lambda b, i, j: j <= i and (j == 1 or i - j == 3),
+    ),
+    "slash through two blocks": (
+        masks.VerticalSlash(np.array([[[-1]]]), np.array([[[1]]]), block_size=2),
+        lambda b, i, j: j <= i and (i // 2 - j // 2) in (0, 1),
+    ),
+    "block index": (
+        masks.BlockIndex(np.array([[[[1], [-1]]]]), 2, 2),
+        lambda b, i, j: i < 2 <= j,
+    ),
     "and not": (
         masks.Causal() & ~masks.SlidingWindow(left=0, right=0),
         lambda b, i, j: j <= i and i != j,
@@ -51,8 +74,11 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_definition(name):
     mask, sees = CASES[name]
-    dense = np.broadcast_to(mask.dense(4, 4), (2, 4, 4))
-    np.testing.assert_array_equal(dense, by_definition(sees, 2, 4, 4))
+    dense = mask.dense(4, 4)
+    assert dense.shape in ((1, 1, 4, 4), (2, 1, 4, 4))
+    np.testing.assert_array_equal(
+        np.broadcast_to(dense[:, 0], (2, 4, 4)), by_definition(sees, 2, 4, 4)
+    )
     assert dense.dtype == bool
 
 
@@ -64,7 +90,7 @@ def test_positions_pick_rows_of_the_whole_mask(start, length, prefix):
     step = masks.Causal(q_positions=positions) | masks.Prefix(
         np.array([prefix]), q_positions=positions
     )
-    expected = whole.dense(9, 9)[:, start : start + length]
+    expected = whole.dense(9, 9)[:, :, start : start + length]
     np.testing.assert_array_equal(step.dense(length, 9), expected)
 
 

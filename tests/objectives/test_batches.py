@@ -130,7 +130,7 @@ def leaks(batch):
     """Slots whose answer, an ordinary token, stands as an input in a slot that they see."""
     tokens, answers = batch["decoder_input_tokens"], batch["decoder_target_tokens"]
     asked = (batch["decoder_loss_weights"] > 0) & (answers >= 3) & (answers < 890)
-    seen = np.asarray(self_mask(batch, "decoder").dense(*2 * tokens.shape[1:]))  # [B, L, L]
+    seen = np.asarray(self_mask(batch, "decoder").dense(*2 * tokens.shape[1:]))[:, 0]  # [B, L, L]
     shown = seen & (tokens[:, None, :] == answers[:, :, None])
     return int((shown.any(axis=2) & asked).sum()), int(asked.sum())
 

@@ -108,7 +108,7 @@ def test_queries_of_the_worked_example_see_the_text_and_themselves():
     batch = lay_out(
         [[example]], architecture="encoder", length=10, bos_id=0, pad_id=0, features=features
     )
-    seen = np.asarray(self_mask(batch, "encoder").dense(10, 10))[0]
+    seen = np.asarray(self_mask(batch, "encoder").dense(10, 10))[0, 0]
     expected = np.zeros((10, 10), bool)
     expected[:8, :5] = True
     expected[range(5, 8), range(5, 8)] = True
@@ -117,7 +117,7 @@ def test_queries_of_the_worked_example_see_the_text_and_themselves():
     formula = masks.Segments(docs, docs) & (
         masks.Segments(np.ones_like(main), main) | masks.SlidingWindow(0, 0)
     )
-    np.testing.assert_array_equal(formula.dense(10, 10)[0], expected)
+    np.testing.assert_array_equal(formula.dense(10, 10)[0, 0], expected)
 
 
 def test_without_queries_the_text_is_only_shorter():

@@ -1,0 +1,264 @@
+"""What all backends that work by blocks share: padding, the lists of blocks, and the gradient.
+
+The gradient recomputes each active block from the log-sum-exp of its rows, so that nothing of
+size Q * K is kept (FlashAttention, Dao et al. 2022, algorithm 4; Dao 2023, section 3.1).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.bias import Lowered, RelativeBias, lowered
+from kernels.block_sparse_attention.blocks import Grid, lists
+from kernels.block_sparse_attention.problem import Problem
+from kernels.masks import Builder, Mask
+
+# Log-sum-exp of a row that sees nothing, in the gradient: exp(logit - this) is 0, not NaN.
+NOTHING_SEEN = 1e30
+
+
+class Backend(Protocol):
+    """A module that computes a Problem; heads come first.
+
+    One that prefers JAX's own differentiation for some problems also has
+    `differentiates_itself(problem) -> bool` and `attention(problem, bias, q, k, v) -> (out, lse)`.
+
+    Shapes: q, out and d_out [B, H, Q, Dh]; k and v [B, N, K, Dh]; lse and delta float32 [B, H, Q].
+    """
+
+    def block_sizes(
+        self, q_len: int, kv_len: int, head_dim: int, dtype: jnp.dtype
+    ) -> tuple[int, int]:
+        """The blocks it likes best, (block_q, block_kv)."""
+
+    def refusal(
+        self, problem: Problem, bias: Lowered, q: jax.Array, k: jax.Array, v: jax.Array
+    ) -> str | None:
+        """Why it cannot serve, in a clause; None if it can."""
+
+    def forward(
+        self,
+        problem: Problem,
+        bias: Lowered,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        *,
+        interpret: bool,
+    ) -> tuple[jax.Array, jax.Array]:
+        """(out, lse); 0 and -inf where a query sees nothing."""
+
+    def backward(
+        self,
+        problem: Problem,
+        bias: Lowered,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        out: jax.Array,
+        lse: jax.Array,
+        delta: jax.Array,
+        d_out: jax.Array,
+        *,
+        interpret: bool,
+    ) -> tuple[Lowered, jax.Array, jax.Array, jax.Array]:
+        """(d_bias, dq, dk, dv).
+
+        With p = exp(logits - lse), the gradient of the logits is p * (d_out v^T - delta); lse is
+        NOTHING_SEEN where a query sees nothing.
+        """
+
+
+def make_problem(
+    mask: Mask,
+    q_len: int,
+    kv_len: int,
+    sizes: tuple[int, int],
+    *,
+    scale: float,
+    soft_cap: float | None,
+) -> Problem:
+    """The mask's active blocks of at most `sizes`, over lengths padded to whole blocks."""
+    build = Builder(q_len, kv_len)
+    expr = mask.expression(build)
+    block_q = functools.reduce(math.gcd, [atom.block_q for atom in build.atoms], sizes[0])
+    block_kv = functools.reduce(math.gcd, [atom.block_kv for atom in build.atoms], sizes[1])
+    padded_q, padded_kv = _up(q_len, block_q), _up(kv_len, block_kv)
+    if padded_kv > kv_len:
+        expr &= build.key() < kv_len
+    build.q_len, build.kv_len = padded_q, padded_kv
+    build.queries = [_repeat_last(x, padded_q, -1) for x in build.queries]
+    build.keys = [_repeat_last(x, padded_kv, -1) for x in build.keys]
+    build.pairs = [_repeat_last(_repeat_last(x, padded_q, -2), padded_kv, -1) for x in build.pairs]
+    bound = mask.row_bound(block_q, block_kv)
+    by_row, by_col = lists(Grid(expr, build, block_q, block_kv, bound))
+    return Problem(
+        by_row=by_row,
+        by_col=by_col,
+        query=tuple(build.queries),
+        key=tuple(build.keys),
+        pair=tuple(build.pairs),
+        expression=expr,
+        q_len=padded_q,
+        kv_len=padded_kv,
+        block_q=block_q,
+        block_kv=block_kv,
+        scale=scale,
+        soft_cap=soft_cap,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A call ready for a backend: its problem, and padded arrays with their heads first."""
+
+    problem: Problem
+    bias: Lowered
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+
+
+def prepare(
+    backend: Backend,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    *,
+    bias: jax.Array | RelativeBias | None,
+    scale: float,
+    logits_soft_cap: float | None,
+    block_sizes: tuple[int, int] | None,
+) -> Prepared:
+    """Lays a call of kernels.attention out for a backend."""
+    q_len, kv_len = q.shape[1], k.shape[1]
+    sizes = block_sizes or backend.block_sizes(q_len, kv_len, q.shape[-1], q.dtype)
+    problem = make_problem(mask, q_len, kv_len, sizes, scale=scale, soft_cap=logits_soft_cap)
+    padded = problem.q_len, problem.kv_len
+    q = _zeros_after(jnp.swapaxes(q, 1, 2), padded[0])
+    k, v = (_zeros_after(jnp.swapaxes(x, 1, 2), padded[1]) for x in (k, v))
+    return Prepared(problem, lowered(bias, (q_len, kv_len), padded), q, k, v)
+
+
+def run(
+    backend: Backend, prepared: Prepared, q_len: int, interpret: bool
+) -> tuple[jax.Array, jax.Array]:
+    """(output [B, Q, H, Dh], log-sum-exp [B, Q, H]) of a prepared call."""
+    call = (prepared.problem, prepared.bias, prepared.q, prepared.k, prepared.v)
+    if getattr(backend, "differentiates_itself", lambda problem: False)(prepared.problem):
+        out, lse = backend.attention(*call)
+    else:
+        out, lse = _recomputed(backend, prepared, interpret)
+    return jnp.swapaxes(out[:, :, :q_len], 1, 2), jnp.swapaxes(lse[:, :, :q_len], 1, 2)
+
+
+def _recomputed(
+    backend: Backend, prepared: Prepared, interpret: bool
+) -> tuple[jax.Array, jax.Array]:
+    """(out, lse) whose gradient computes each active block once more."""
+    leaves, tree = jax.tree.flatten((prepared.problem, prepared.bias))
+    split = [_Kind.of(leaf) for leaf in leaves]
+    floats = [x for x, kind in zip(leaves, split, strict=True) if kind == _Kind.FLOAT]
+    integers = [x for x, kind in zip(leaves, split, strict=True) if kind == _Kind.INTEGER]
+    known = [x if kind == _Kind.HOST else None for x, kind in zip(leaves, split, strict=True)]
+    call = _Call(backend, interpret, tree, tuple(split), known)
+    return _attention(call, integers, floats, prepared.q, prepared.k, prepared.v)
+
+
+class _Kind:
+    """How a leaf of a problem passes through differentiation."""
+
+    HOST, INTEGER, FLOAT = "host", "integer", "float"
+
+    @staticmethod
+    def of(leaf: Any) -> str:
+        if isinstance(leaf, np.ndarray):
+            return _Kind.HOST
+        return _Kind.FLOAT if jnp.issubdtype(leaf.dtype, jnp.floating) else _Kind.INTEGER
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Call:
+    """What of a call is known while tracing. Host arrays stay host arrays: backends may plan by
+    them, where an argument of a custom_vjp would have become a tracer."""
+
+    backend: Backend
+    interpret: bool
+    tree: jax.tree_util.PyTreeDef
+    split: tuple[str, ...]
+    known: list[np.ndarray | None]
+
+    def restore(
+        self, integers: list[jax.Array], floats: list[jax.Array]
+    ) -> tuple[Problem, Lowered]:
+        sources = {
+            _Kind.HOST: iter(x for x in self.known if x is not None),
+            _Kind.INTEGER: iter(integers),
+            _Kind.FLOAT: iter(floats),
+        }
+        return jax.tree.unflatten(self.tree, [next(sources[kind]) for kind in self.split])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(
+    call: _Call,
+    integers: list[jax.Array],
+    floats: list[jax.Array],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    problem, bias = call.restore(integers, floats)
+    return call.backend.forward(problem, bias, q, k, v, interpret=call.interpret)
+
+
+def _forward(call: _Call, integers, floats, q, k, v):
+    out, lse = _attention(call, integers, floats, q, k, v)
+    return (out, lse), (integers, floats, q, k, v, out, lse)
+
+
+def _backward(call: _Call, saved, cotangents):
+    integers, floats, q, k, v, out, lse = saved
+    d_out, d_lse = cotangents
+    seen = jnp.isfinite(lse)
+    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1)
+    delta -= jnp.where(seen, d_lse, 0.0)
+    lse = jnp.where(seen, lse, NOTHING_SEEN)
+    problem, bias = call.restore(integers, floats)
+    d_bias, *gradients = call.backend.backward(
+        problem, bias, q, k, v, out, lse, delta, d_out, interpret=call.interpret
+    )
+    # The one floating leaf of a bias is its first.
+    d_floats = [jax.tree.leaves(d_bias)[0].astype(x.dtype) for x in floats]
+    return None, d_floats, *(d.astype(x.dtype) for d, x in zip(gradients, (q, k, v), strict=True))
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _up(length: int, block: int) -> int:
+    return -(-length // block) * block
+
+
+def _zeros_after(x: jax.Array, length: int) -> jax.Array:
+    """x [B, H, L, Dh] padded to `length` slots."""
+    missing = length - x.shape[2]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0))) if missing else x
+
+
+def _repeat_last(x: np.ndarray | jax.Array, length: int, axis: int) -> np.ndarray | jax.Array:
+    """Pads an operand without widening the range of its last block."""
+    missing = length - x.shape[axis]
+    if not missing:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, missing)
+    return (np if isinstance(x, np.ndarray) else jnp).pad(x, widths, mode="edge")

@@ -1,0 +1,132 @@
+"""Which tile each kernel uses."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from kernels.block_sparse_attention.triton.tiles import Tiling
+
+# Shared memory that one program may take, by compute capability; others as _SMALL.
+_SHARED_KIB = {"8.0": 163, "8.7": 163, "9.0": 227, "10.0": 227, "10.3": 227}
+_SMALL_KIB = 99
+# Before Hopper a tile of weights takes a turn through shared memory between two products.
+_TURNED_BYTES = 8
+# Compiling without a GPU is for the one that such compilation describes best.
+_ASSUMED = "9.0"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tilings:
+    """One for each kernel: forward, dk and dv (columns), dq (rows), gradients of the bias."""
+
+    forward: Tiling
+    columns: Tiling
+    rows: Tiling
+    bias: Tiling
+
+
+# By head dim, for two-byte inputs on Hopper: the largest that compile without spilling registers
+# (but for 136 bytes of dk and dv at 256) and leave room for stages of copies ahead.
+_HALF = {
+    64: Tilings(
+        forward=Tiling(128, 64, warps=4, stages=3),
+        columns=Tiling(64, 128, warps=8, stages=3),
+        rows=Tiling(128, 64, warps=8, stages=3),
+        bias=Tiling(64, 64, warps=4, stages=2),
+    ),
+    128: Tilings(
+        forward=Tiling(128, 128, warps=8, stages=3),
+        columns=Tiling(64, 128, warps=8, stages=3),
+        rows=Tiling(128, 64, warps=8, stages=3),
+        bias=Tiling(64, 64, warps=4, stages=2),
+    ),
+    256: Tilings(
+        forward=Tiling(128, 64, warps=8, stages=2),
+        columns=Tiling(64, 64, warps=8, stages=2),
+        rows=Tiling(64, 64, warps=8, stages=2),
+        bias=Tiling(64, 64, warps=8, stages=1),
+    ),
+}
+# float32 tiles take twice the memory, and a product of them three of TF32.
+_SINGLE = {
+    64: Tilings(
+        forward=Tiling(64, 32, warps=4, stages=2),
+        columns=Tiling(32, 64, warps=4, stages=2),
+        rows=Tiling(64, 32, warps=4, stages=2),
+        bias=Tiling(32, 32, warps=4, stages=2),
+    ),
+    128: Tilings(
+        forward=Tiling(64, 32, warps=4, stages=2),
+        columns=Tiling(32, 64, warps=8, stages=1),
+        rows=Tiling(32, 32, warps=4, stages=1),
+        bias=Tiling(32, 32, warps=4, stages=1),
+    ),
+    256: Tilings(
+        forward=Tiling(64, 32, warps=8, stages=1),
+        columns=Tiling(16, 16, warps=4, stages=1),
+        rows=Tiling(16, 16, warps=4, stages=1),
+        bias=Tiling(32, 32, warps=4, stages=1),
+    ),
+}
+
+
+def tilings(
+    head_dim: int, dtype: jnp.dtype, staged: int = 0, capability: str | None = None
+) -> Tilings:
+    """The tiles for a head dim of at most 256.
+
+    Args:
+      staged: bytes that are copied ahead for each element of a tile: of bias and mask.
+      capability: such as "9.0"; None asks the first GPU.
+    """
+    table = _SINGLE if jnp.dtype(dtype).itemsize == 4 else _HALF
+    chosen = table[next(size for size in table if head_dim <= size)]
+    capability = capability or _capability()
+    limit = 1024 * _SHARED_KIB.get(capability, _SMALL_KIB)
+    if int(capability.partition(".")[0]) < 9:
+        staged += _TURNED_BYTES
+    width = head_dim * jnp.dtype(dtype).itemsize
+    within = functools.partial(_within, limit=limit, width=width, staged=staged)
+    return Tilings(
+        forward=within(chosen.forward, "q", kept=1, moved=2),
+        columns=within(chosen.columns, "kv", kept=2, moved=2),
+        rows=within(chosen.rows, "q", kept=2, moved=2),
+        bias=within(chosen.bias, "q", kept=0, moved=4),
+    )
+
+
+def _within(
+    tiling: Tiling, fixed: str, *, kept: int, moved: int, limit: int, width: int, staged: int
+) -> Tiling:
+    """Fewer stages, or smaller tiles, until the shared memory, by estimate, is within the limit.
+
+    Args:
+      fixed: the axis of the tile that a program stays at.
+      kept: arrays of which it keeps that axis's rows.
+      moved: arrays of which each stage holds the other axis's rows.
+      width: bytes of a row.
+      staged: see tilings.
+    """
+    other = "kv" if fixed == "q" else "q"
+    while True:
+        stay, move = getattr(tiling, fixed), getattr(tiling, other)
+        stage = moved * width * move + staged * stay * move
+        if kept * width * stay + tiling.stages * stage <= limit:
+            return tiling
+        if tiling.stages > 2 or (tiling.stages == 2 and move <= 32):
+            tiling = dataclasses.replace(tiling, stages=tiling.stages - 1)
+        elif move > 32 or stay <= 16:
+            tiling = dataclasses.replace(tiling, **{other: move // 2})
+        else:
+            tiling = dataclasses.replace(tiling, **{fixed: stay // 2})
+
+
+def _capability() -> str:
+    try:
+        return jax.local_devices(backend="gpu")[0].compute_capability
+    except RuntimeError:
+        return _ASSUMED

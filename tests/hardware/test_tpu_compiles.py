@@ -1,0 +1,91 @@
+"""The TPU kernels compiled by libtpu for chips that are not here."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec
+
+from kernels import attention, masks
+from tests.hardware import calls, topologies
+
+PLATFORM = "tpu"
+KERNEL = 'custom_call_target="tpu_custom_call"'
+ours = functools.partial(attention, backend="tpu")
+chips = pytest.mark.parametrize("chip", topologies.TPUS)
+
+
+def compiled(
+    chip: str,
+    mask: str,
+    bias: str = "none",
+    length: int = 4096,
+    head_dim: int = 128,
+    heads: int = 2,
+) -> jax.stages.Compiled:
+    """Output and gradients, compiled for one chip."""
+    function = calls.gradients(ours, mask, bias)
+    arguments = calls.shapes(length, head_dim, heads=heads, kv_heads=heads // 2)
+    return topologies.lower(topologies.tpu(chip), function, *arguments).compile()
+
+
+def assert_kernels(program: jax.stages.Compiled) -> None:
+    """The forward and the backward are kernels, not the interpreter's loops."""
+    assert program.as_text().count(KERNEL) >= 2
+
+
+@chips
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_head_dims(chip, head_dim):
+    assert_kernels(compiled(chip, "causal", head_dim=head_dim))
+
+
+@chips
+@pytest.mark.parametrize("mask", [name for name in calls.MASKS if name != "causal"])
+def test_masks(chip, mask):
+    assert_kernels(compiled(chip, mask))
+
+
+@chips
+@pytest.mark.parametrize("bias", [name for name in calls.BIASES if name != "none"])
+def test_biases_with_the_gradient_of_their_table(chip, bias):
+    assert_kernels(compiled(chip, "window and globals", bias))
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_everything_at_once(head_dim):
+    assert_kernels(compiled("v5e", "packed causal", "T5", head_dim=head_dim))
+
+
+@pytest.mark.parametrize(
+    ("mask", "bias"),
+    [("causal", "none"), ("window and globals", "T5"), ("packed causal", "none")],
+)
+def test_memory_is_linear_in_length(mask, bias):
+    # So many heads that nothing fits in the chip's own memory, where it would not be counted.
+    def memory(length):
+        return compiled("v5e", mask, bias, length, heads=16).memory_analysis()
+
+    stats = {length: memory(length) for length in (16384, 65536, 131072)}
+    temporary = {length: stat.temp_size_in_bytes for length, stat in stats.items()}
+    assert temporary[131072] <= 2.1 * temporary[65536]
+    for length, stat in stats.items():
+        given = stat.argument_size_in_bytes + stat.output_size_in_bytes
+        assert temporary[length] <= given, length
+
+
+def test_under_shard_map():
+    mesh = topologies.tpu("v5e", devices=4)
+    spec = PartitionSpec("data")
+
+    def forward(q, k, v):
+        return ours(q, k, v, masks.Causal())
+
+    def gradient(q, k, v, d_out):
+        split = jax.shard_map(forward, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+        return jax.vjp(split, q, k, v)[1](d_out)
+
+    arguments = calls.shapes(4096, 128, batch=8)[:4]
+    assert_kernels(topologies.lower(mesh, gradient, *arguments).compile())

@@ -1,0 +1,123 @@
+"""Lists of active blocks: put together again they are the mask, and they hold no empty block."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from kernels import masks
+from kernels.block_sparse_attention.flash import make_problem
+from kernels.block_sparse_attention.problem import ACTIVE, FIRST, LAST, PARTIAL
+from tests.kernels.backends import MASKS, drawn_masks, mask_cases, quick
+
+
+def put_together(problem, batch: int, heads: int, by: str) -> np.ndarray:
+    """The mask [B, H, Q, K] as a backend would see it, entry by entry; checks the list's order."""
+    problem = jax.tree.map(np.asarray, problem)
+    blocks, bq, bk = getattr(problem, by), problem.block_q, problem.block_kv
+    seen = np.zeros((batch, heads, problem.q_len, problem.kv_len), bool)
+    for b, h in np.ndindex(batch, heads):
+
+        def group(x, b=b, h=h):
+            return x[b % x.shape[0], h % x.shape[1]]
+
+        rows, cols, flags, offsets = map(
+            group, (blocks.rows, blocks.cols, blocks.flags, blocks.offsets)
+        )
+        lines, others = (rows, cols) if by == "by_row" else (cols, rows)
+        assert not flags[offsets[-1] :].any()
+        for line in range(blocks.num_lines):
+            here = slice(offsets[line], offsets[line + 1])
+            assert here.stop > here.start and np.all(lines[here] == line)
+            assert np.all(np.diff(others[here]) > 0)
+            firsts, lasts = flags[here] & FIRST, flags[here] & LAST
+            assert firsts[0] and lasts[-1] and not firsts[1:].any() and not lasts[:-1].any()
+        for r, c, flag in zip(rows, cols, flags, strict=True):
+            if not flag & ACTIVE:
+                continue
+            q, k = slice(r * bq, (r + 1) * bq), slice(c * bk, (c + 1) * bk)
+            tile = np.ones((bq, bk), bool)
+            if flag & PARTIAL:
+                tile = np.asarray(
+                    problem.tile(
+                        jnp.arange(q.start, q.stop)[:, None],
+                        jnp.arange(k.start, k.stop)[None, :],
+                        [group(x)[q][:, None] for x in problem.query],
+                        [group(x)[k][None, :] for x in problem.key],
+                        [group(x)[q, k] for x in problem.pair],
+                        flag,
+                    )
+                )
+            assert not seen[b, h, q, k].any()
+            seen[b, h, q, k] = tile
+    return seen
+
+
+def check(mask, q_len: int, kv_len: int, block: tuple[int, int], on_host: bool, batch=2, heads=4):
+    def make(mask):
+        return make_problem(mask, q_len, kv_len, block, scale=1.0, soft_cap=None)
+
+    problem = make(mask) if on_host else jax.jit(make)(mask)
+    dense = np.broadcast_to(mask.dense(q_len, kv_len), (batch, heads, q_len, kv_len))
+    for by in ("by_row", "by_col"):
+        seen = put_together(problem, batch, heads, by)
+        np.testing.assert_array_equal(seen[..., :q_len, :kv_len], dense)
+        assert not seen[..., kv_len:].any()
+    return problem
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_every_mask(name):
+    mask = mask_cases(16, 40, 48)[name]
+    check(mask, 40, 48, (16, 16), on_host=True)
+
+
+@given(mask=drawn_masks(), on_host=st.booleans(), block=st.sampled_from([(2, 2), (1, 2), (6, 6)]))
+@quick(max_examples=40)
+def test_drawn_masks(mask, on_host, block):
+    check(mask, 6, 6, block, on_host)
+
+
+def active(problem) -> int:
+    return int((np.asarray(problem.by_row.flags) & ACTIVE != 0).sum())
+
+
+@pytest.mark.parametrize(
+    "mask, expected",
+    [
+        (masks.Causal(), 136),
+        (masks.SlidingWindow(256, 256), 46),
+        (masks.SlidingWindow(255, 255) | masks.GlobalTokens(count=1), 74),
+        (masks.BigBird(256, 3, 1, 0), 74),
+        (masks.Causal() & ~masks.SlidingWindow(left=1023), 78),
+        (masks.AShape(sink=4, window=255), 45),
+        (masks.Dilated(1, 1, 512), 44),
+    ],
+)
+def test_active_blocks_of_4096_tokens(mask, expected):
+    """Counted by hand on the 16 by 16 grid of blocks of 256; the list is as long."""
+    problem = make_problem(mask, 4096, 4096, (256, 256), scale=1.0, soft_cap=None)
+    assert active(problem) == expected
+    seen = mask.dense(4096, 4096)[0, 0].reshape(16, 256, 16, 256).any((1, 3))
+    assert problem.by_row.num_steps == expected + int((~seen.any(1)).sum())
+    assert problem.by_col.num_steps == expected + int((~seen.any(0)).sum())
+
+
+def test_blocks_of_patterns_cut_the_kernels_blocks():
+    mask = masks.BigBird(24) & masks.BlockIndex(np.zeros((1, 1, 3, 1), int), 36, 12)
+    problem = make_problem(mask, 96, 96, (128, 128), scale=1.0, soft_cap=None)
+    assert (problem.block_q, problem.block_kv) == (4, 4)
+
+
+def test_a_block_index_bounds_the_dynamic_list():
+    columns = jnp.zeros((1, 1, 16, 2), jnp.int32)
+    problem = jax.jit(
+        lambda columns: make_problem(
+            masks.BlockIndex(columns, 16, 16), 256, 256, (16, 16), scale=1.0, soft_cap=None
+        )
+    )(columns)
+    assert problem.by_row.rows.shape[-1] == 16 * 2 + 16
+    assert int(problem.by_row.num_steps) == 16
