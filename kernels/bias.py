@@ -139,8 +139,8 @@ class Buckets:
       q_positions, kv_positions: int32 [B or 1, Q] and [B or 1, K].
       bidirectional: see `relative_position_bucket`.
       thresholds: never falling; a distance falls in the bucket of its side that is the number
-        of thresholds up to its absolute value. Sides: keys up to the query from row 0 on; keys after
-        it from row num_buckets / 2 on, or row 0 alone when not bidirectional.
+        of thresholds up to its absolute value. Sides: keys up to the query from row 0 on; keys
+        after it from row num_buckets / 2 on, or row 0 alone when not bidirectional.
     """
 
     table: jax.Array

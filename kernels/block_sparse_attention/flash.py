@@ -17,6 +17,7 @@ import numpy as np
 
 from kernels.bias import Lowered, RelativeBias, lowered
 from kernels.block_sparse_attention.blocks import Grid, lists
+from kernels.block_sparse_attention.manual import varying_alike
 from kernels.block_sparse_attention.problem import Problem
 from kernels.masks import Builder, Mask
 
@@ -170,7 +171,8 @@ def _recomputed(
     integers = [x for x, kind in zip(leaves, split, strict=True) if kind == _Kind.INTEGER]
     known = [x if kind == _Kind.HOST else None for x, kind in zip(leaves, split, strict=True)]
     call = _Call(backend, interpret, tree, tuple(split), known)
-    return _attention(call, integers, floats, prepared.q, prepared.k, prepared.v)
+    arrays = varying_alike(integers, floats, prepared.q, prepared.k, prepared.v)
+    return _attention(call, *arrays)
 
 
 class _Kind:

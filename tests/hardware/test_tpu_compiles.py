@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec
 
 from kernels import attention, masks
@@ -24,10 +26,11 @@ def compiled(
     length: int = 4096,
     head_dim: int = 128,
     heads: int = 2,
+    dtype: jnp.dtype = jnp.bfloat16,
 ) -> jax.stages.Compiled:
     """Output and gradients, compiled for one chip."""
     function = calls.gradients(ours, mask, bias)
-    arguments = calls.shapes(length, head_dim, heads=heads, kv_heads=heads // 2)
+    arguments = calls.shapes(length, head_dim, heads=heads, kv_heads=heads // 2, dtype=dtype)
     return topologies.lower(topologies.tpu(chip), function, *arguments).compile()
 
 
@@ -52,6 +55,16 @@ def test_masks(chip, mask):
 @pytest.mark.parametrize("bias", [name for name in calls.BIASES if name != "none"])
 def test_biases_with_the_gradient_of_their_table(chip, bias):
     assert_kernels(compiled(chip, "window and globals", bias))
+
+
+@pytest.mark.parametrize(("length", "head_dim"), [(1000, 32), (100, 80)])
+def test_odd_shapes(length, head_dim):
+    assert_kernels(compiled("v5e", "causal", length=length, head_dim=head_dim))
+
+
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_float32(head_dim):
+    assert_kernels(compiled("v5e", "causal", head_dim=head_dim, dtype=jnp.float32))
 
 
 @pytest.mark.parametrize("head_dim", [64, 256])
@@ -89,3 +102,17 @@ def test_under_shard_map():
 
     arguments = calls.shapes(4096, 128, batch=8)[:4]
     assert_kernels(topologies.lower(mesh, gradient, *arguments).compile())
+
+
+def test_too_much_vector_memory_does_not_compile():
+    def copy(x, out):
+        out[...] = x[...]
+
+    def kernel(x):
+        return pl.pallas_call(copy, jax.ShapeDtypeStruct(x.shape, x.dtype))(x)
+
+    program = topologies.lower(
+        topologies.tpu("v5e"), kernel, jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
+    )
+    with pytest.raises(jax.errors.JaxRuntimeError, match="vmem"):
+        program.compile()

@@ -54,7 +54,7 @@ def test_steps_follow_the_sum_of_widths():
     columns[0, :, 1:, 0] = 5
     columns[0, 1, 1:, 1] = 6
     problem = problem_of(masks.BlockIndex(columns, 16, 16), 1024, 16)
-    walk = Walk.of(problem, jnp.zeros((1, 2, 1024, 8)), jnp.zeros((1, 1, 1024, 8)))
+    walk = Walk.of(problem, None, jnp.zeros((1, 2, 1024, 8)), jnp.zeros((1, 1, 1024, 8)))
     assert (walk.heads, walk.batch, walk.blocks) == (1, 1, 16)
     steps = np.ceil(np.diff(problem.by_row.offsets) / walk.blocks).sum((0, 2))
     np.testing.assert_array_equal(steps, [4 + 63, 4 + 63])
@@ -62,7 +62,7 @@ def test_steps_follow_the_sum_of_widths():
 
 def test_steps_hold_whole_groups_of_heads():
     problem = problem_of(masks.Causal(), 512, 128)
-    walk = Walk.of(problem, jnp.zeros((2, 12, 512, 8)), jnp.zeros((2, 4, 512, 8)))
+    walk = Walk.of(problem, None, jnp.zeros((2, 12, 512, 8)), jnp.zeros((2, 4, 512, 8)))
     assert (walk.heads, walk.kv_heads, walk.batch, walk.blocks) == (6, 2, 1, 1)
 
 

@@ -19,6 +19,8 @@ from kernels.block_sparse_attention.tpu.logits import LOG2_E, Logits, split
 from kernels.block_sparse_attention.tpu.parts import mapped
 from kernels.block_sparse_attention.tpu.steps import NN, NT, Steps, dot, struct
 
+# Keys of a block that are computed at once. Two products more keep the columns' kernel from having
+# registers for more than half a block of 256.
 CHUNK = 256
 
 
@@ -183,7 +185,7 @@ def _col_kernel(logits: Logits, *refs: Any) -> None:
         dv_sums[...] = jnp.zeros_like(dv_sums)
 
     def block(masked: bool) -> None:
-        for keys in logits.chunks(max(128, min(CHUNK, dk.shape[0] // 2))):
+        for keys in logits.chunks(min(CHUNK, max(64, dk.shape[0] // 2))):
             x, slope = logits.tile(q[...], k[keys, :], more, place, keys, masked)
             p = jnp.exp2(x - saved[:1, :])
             ds = p * (dot(v[keys, :], d_out[...], NT) - saved[1:, :])

@@ -22,6 +22,7 @@ from kernels.block_sparse_attention.tpu.logits import LOWEST, Logits, split
 from kernels.block_sparse_attention.tpu.parts import mapped
 from kernels.block_sparse_attention.tpu.steps import NN, Steps, dot, struct
 
+# Keys of a block that are computed at once.
 CHUNK = 256
 
 

@@ -14,6 +14,7 @@ from kernels.block_sparse_attention.problem import Problem
 from kernels.block_sparse_attention.tpu import biases
 from kernels.block_sparse_attention.tpu.steps import (
     NT,
+    Operand,
     Place,
     Steps,
     column,
@@ -51,7 +52,7 @@ class Logits:
         """What the exponential's base or the soft cap's tanh multiply scaled logits by."""
         return LOG2_E if problem.soft_cap is None else 1 / problem.soft_cap
 
-    def operands(self) -> dict[str, tuple[biases.Operand, ...]]:
+    def operands(self) -> dict[str, tuple[Operand, ...]]:
         """What tiles need beside queries and keys. Nothing for a mask that no block needs."""
         found = {"query": (), "key": (), "pair": (), "bias": self.bias.operands(self.steps)}
         if not self.steps.has_partial:
@@ -59,17 +60,17 @@ class Logits:
         problem, spec = self.problem, self.steps.spec
         bq, bk = problem.block_q, problem.block_kv
 
-        def query(x: jax.Array) -> biases.Operand:
+        def query(x: jax.Array) -> Operand:
             lead = x.shape[:2]
             index = lambda at: (at.lead(lead), at.row, 0, 0)  # noqa: E731
             return per_block(x, bq), spec((None, None, 1, bq), index)
 
-        def key(x: jax.Array) -> biases.Operand:
+        def key(x: jax.Array) -> Operand:
             lead = x.shape[:2]
             index = lambda at: (at.lead(lead), at.col, 0, 0)  # noqa: E731
             return per_block(x, bk), spec((None, None, 1, bk), index)
 
-        def pair(x: jax.Array) -> biases.Operand:
+        def pair(x: jax.Array) -> Operand:
             lead = x.shape[:2]
             index = lambda at: (at.lead(lead), at.row, at.col, 0, 0)  # noqa: E731
             return per_pair_of_blocks(x, bq, bk), spec((None, None, None, bk, bq), index)

@@ -16,7 +16,12 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels.block_sparse_attention.manual import varying_axes
 from kernels.block_sparse_attention.problem import ACTIVE, PARTIAL, Blocks, Problem
+
+# An array that a kernel reads or writes, and its blocks.
+Operand = tuple[jax.Array, pl.BlockSpec]
+Output = tuple[jax.ShapeDtypeStruct, pl.BlockSpec]
 
 # One word holds an entry of up to 4096 rows and columns: row 12 bits, column 12, flags 8.
 _FLAG_BITS, _PLACE_BITS, _WIDE_BITS = 8, 12, 16
@@ -172,8 +177,8 @@ class Place:
         return self._word(0) & ((1 << _FLAG_BITS) - 1)
 
 
-# Contractions of matrices: a b, a b^T and a^T b.
-NN, NT, TN = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))
+# Contractions of matrices: a b and a b^T.
+NN, NT = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))
 
 
 def dot(a: jax.Array, b: jax.Array, dims: tuple) -> jax.Array:
@@ -189,8 +194,7 @@ def column(row: jax.Array) -> jax.Array:
 
 def struct(shape: Sequence[int], dtype: Any, *like: jax.Array) -> jax.ShapeDtypeStruct:
     """An output that varies over the mesh axes that any of `like` varies over."""
-    varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in like))
-    kind = jax.sharding.ManualAxisType(varying=varying)
+    kind = jax.sharding.ManualAxisType(varying=varying_axes(like))
     return jax.ShapeDtypeStruct(tuple(shape), dtype, manual_axis_type=kind)
 
 

@@ -8,13 +8,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels.block_sparse_attention.triton.tiles import Tiling
+from kernels.block_sparse_attention.triton.tiles import SMALLEST, Tiling
 
 # Shared memory that one program may take, by compute capability; others as _SMALL.
 _SHARED_KIB = {"8.0": 163, "8.7": 163, "9.0": 227, "10.0": 227, "10.3": 227}
 _SMALL_KIB = 99
-# Before Hopper a tile of weights takes a turn through shared memory between two products.
-_TURNED_BYTES = 8
 # Compiling without a GPU is for the one that such compilation describes best.
 _ASSUMED = "9.0"
 
@@ -29,8 +27,8 @@ class Tilings:
     bias: Tiling
 
 
-# By head dim, for two-byte inputs on Hopper: the largest that compile without spilling registers
-# (but for 136 bytes of dk and dv at 256) and leave room for stages of copies ahead.
+# By head dim, for two-byte inputs on Hopper: the largest that compile with next to no register
+# spilled (none in forward and dq, up to 136 bytes in dk and dv), with stages of copies ahead.
 _HALF = {
     64: Tilings(
         forward=Tiling(128, 64, warps=4, stages=3),
@@ -85,14 +83,13 @@ def tilings(
     """
     table = _SINGLE if jnp.dtype(dtype).itemsize == 4 else _HALF
     chosen = table[next(size for size in table if head_dim <= size)]
-    capability = capability or _capability()
-    limit = 1024 * _SHARED_KIB.get(capability, _SMALL_KIB)
-    if int(capability.partition(".")[0]) < 9:
-        staged += _TURNED_BYTES
+    limit = 1024 * _SHARED_KIB.get(capability or _capability(), _SMALL_KIB)
     width = head_dim * jnp.dtype(dtype).itemsize
     within = functools.partial(_within, limit=limit, width=width, staged=staged)
+    # Four warps leave most of a processor idle unless a second program fits beside them.
+    shared = limit * chosen.forward.warps // 8
     return Tilings(
-        forward=within(chosen.forward, "q", kept=1, moved=2),
+        forward=within(chosen.forward, "q", kept=1, moved=2, limit=shared),
         columns=within(chosen.columns, "kv", kept=2, moved=2),
         rows=within(chosen.rows, "q", kept=2, moved=2),
         bias=within(chosen.bias, "q", kept=0, moved=4),
@@ -106,7 +103,7 @@ def _within(
 
     Args:
       fixed: the axis of the tile that a program stays at.
-      kept: arrays of which it keeps that axis's rows.
+      kept: arrays of which it keeps that axis's rows, if any.
       moved: arrays of which each stage holds the other axis's rows.
       width: bytes of a row.
       staged: see tilings.
@@ -114,12 +111,13 @@ def _within(
     other = "kv" if fixed == "q" else "q"
     while True:
         stay, move = getattr(tiling, fixed), getattr(tiling, other)
-        stage = moved * width * move + staged * stay * move
-        if kept * width * stay + tiling.stages * stage <= limit:
+        # Without stages an array that two products read is laid out for each.
+        stage = (moved + (tiling.stages == 1)) * width * move + staged * stay * move
+        if kept * width * stay + tiling.stages * stage <= limit or stay == move == SMALLEST:
             return tiling
         if tiling.stages > 2 or (tiling.stages == 2 and move <= 32):
             tiling = dataclasses.replace(tiling, stages=tiling.stages - 1)
-        elif move > 32 or stay <= 16:
+        elif move > 32 or stay == SMALLEST:
             tiling = dataclasses.replace(tiling, **{other: move // 2})
         else:
             tiling = dataclasses.replace(tiling, **{fixed: stay // 2})

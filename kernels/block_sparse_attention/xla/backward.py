@@ -18,7 +18,8 @@ from kernels.block_sparse_attention.xla.logits import (
     ready,
     scaled,
 )
-from kernels.block_sparse_attention.xla.strips import Strip, Walk, zero_of
+from kernels.block_sparse_attention.xla.strips import Strip, Walk
+from kernels.block_sparse_attention.xla.windows import zero_of
 
 
 def backward(
@@ -34,7 +35,7 @@ def backward(
     """See flash.Backend."""
     scale = problem.scale
     problem, q = scaled(problem, q)
-    walk = Walk.of(problem, q, k)
+    walk = Walk.of(problem, bias, q, k)
     zero = zero_of(problem, bias, q, k, v, lse, delta, d_out)
     kv_len = k.shape[2]
     k, v = walk.padded(k), walk.padded(v)

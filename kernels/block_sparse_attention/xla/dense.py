@@ -8,7 +8,7 @@ import numpy as np
 
 from kernels.bias import Array, Buckets, Distances, Lowered
 from kernels.block_sparse_attention.problem import ACTIVE, PARTIAL, Problem
-from kernels.block_sparse_attention.xla.strips import tile
+from kernels.block_sparse_attention.xla.windows import tile
 
 # Below any real logit, and far enough from the float32 limit that sums stay finite.
 _HIDDEN = -1e30

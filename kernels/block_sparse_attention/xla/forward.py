@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from kernels.bias import Lowered
 from kernels.block_sparse_attention.problem import Problem
 from kernels.block_sparse_attention.xla.logits import Ready, logits, ready, scaled
-from kernels.block_sparse_attention.xla.strips import Strip, Walk, zero_of
+from kernels.block_sparse_attention.xla.strips import Strip, Walk
+from kernels.block_sparse_attention.xla.windows import zero_of
 
 # The peak before any key is seen: finite, so that a hidden logit's weight exp(-inf - peak) is 0.
 _NO_PEAK = -1e30
@@ -23,7 +24,7 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """See flash.Backend."""
     problem, q = scaled(problem, q)
-    walk = Walk.of(problem, q, k)
+    walk = Walk.of(problem, bias, q, k)
     zero = zero_of(problem, bias, q, k, v)
     k, v = walk.padded(k), walk.padded(v)
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from kernels.bias import Array, Buckets, Distances, Lowered
 from kernels.block_sparse_attention.problem import Problem
-from kernels.block_sparse_attention.xla.strips import Strip, Walk, added, joined, window
+from kernels.block_sparse_attention.xla.strips import Strip, Walk
+from kernels.block_sparse_attention.xla.windows import added, joined, window
 
 
 @dataclasses.dataclass(frozen=True)

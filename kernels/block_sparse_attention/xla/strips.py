@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.bias import Distances, Lowered
 from kernels.block_sparse_attention.problem import ACTIVE, FIRST, PARTIAL, Problem
+from kernels.block_sparse_attention.xla.windows import added, joined, start_of, tile, window
 
 # Logits of a step. Fewer than the first do not pay for the step's fixed cost, so that a strip is
 # then several blocks, up to so many keys; more than the second leave a core's cache. Of a strip of
@@ -24,6 +26,8 @@ from kernels.block_sparse_attention.problem import ACTIVE, FIRST, PARTIAL, Probl
 # where heads are enough. Measured on a CPU at head dim 64.
 FEW_LOGITS, MANY_LOGITS = 1 << 14, 1 << 17
 STRIP_KEYS = 256
+# Of a bias written out for some heads (logits.Spread), if one head's are not more.
+SPREAD_VALUES = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +65,15 @@ class Walk:
     group: int
 
     @staticmethod
-    def of(problem: Problem, q: jax.Array, k: jax.Array) -> Walk:
+    def of(problem: Problem, bias: Lowered, q: jax.Array, k: jax.Array) -> Walk:
         lists = problem.by_row
         block = problem.block_q * problem.block_kv
         group = q.shape[1] // k.shape[1]
         own_batch, own_heads = (n > 1 for n in lists.rows.shape[:2])
-        heads = 1 if own_heads else _divisor(q.shape[1], MANY_LOGITS // block, group)
+        limit = MANY_LOGITS // block
+        if isinstance(bias, Distances):
+            limit = min(limit, SPREAD_VALUES // (problem.block_q * bias.values.shape[1]))
+        heads = 1 if own_heads else _divisor(q.shape[1], limit, group)
         batch = 1 if own_batch else _divisor(q.shape[0], MANY_LOGITS // (block * heads), 1)
         widest = np.diff(lists.offsets).max() if problem.is_static else lists.rows.shape[-1]
         several = min(
@@ -139,7 +146,7 @@ class Walk:
 
     def put_queries(self, x: jax.Array, strip: Strip, new: jax.Array) -> jax.Array:
         start = strip.batch, strip.head, strip.row * self.problem.block_q
-        return jax.lax.dynamic_update_slice(x, new, _start(x, start))
+        return jax.lax.dynamic_update_slice(x, new, start_of(x, start))
 
     def add_keys(self, x: jax.Array, strip: Strip, more: jax.Array) -> jax.Array:
         """x [B, N, Dh, K] plus more [b, n, Dh, w]."""
@@ -227,53 +234,6 @@ class Walk:
         block_q, block_kv = self.problem.block_q, self.problem.block_kv
         corner = strip.batch, strip.head, strip.row * block_q
         return [(*corner, col * block_kv) for col in strip.cols]
-
-
-def tile(
-    problem: Problem,
-    q_slot: jax.Array,
-    kv_slot: jax.Array,
-    query: list[jax.Array],
-    key: list[jax.Array],
-    pair: list[jax.Array],
-    flags: jax.Array,
-) -> jax.Array:
-    """problem.tile of slots [q] and [w], and of the rest with two leading axes."""
-    lead = jnp.broadcast_shapes((1, 1), *(x.shape[:-2] for x in (*query, *key, *pair, flags)))
-    q_slot = jnp.broadcast_to(q_slot[:, None], (*lead, q_slot.size, 1))
-    return problem.tile(q_slot, kv_slot[None], query, key, pair, flags)
-
-
-def window(x: jax.Array, start: tuple[jax.Array, ...], sizes: tuple[int, ...]) -> jax.Array:
-    """Part of x, by its leading axes; an axis of length 1 stands for any place on it."""
-    sizes = [min(size, n) for size, n in zip(sizes, x.shape, strict=False)]
-    return jax.lax.dynamic_slice(x, _start(x, start), [*sizes, *x.shape[len(sizes) :]])
-
-
-def added(x: jax.Array, start: tuple[jax.Array, ...], more: jax.Array) -> jax.Array:
-    """x with more added at a window of more's shape."""
-    start = _start(x, start)
-    old = jax.lax.dynamic_slice(x, start, more.shape)
-    return jax.lax.dynamic_update_slice(x, old + more, start)
-
-
-def joined(parts: list[jax.Array], axis: int = 0) -> jax.Array:
-    return jnp.concatenate(parts, axis) if len(parts) > 1 else parts[0]
-
-
-def zero_of(*trees: Any) -> jax.Array:
-    """A float32 0 that varies over a mesh's manual axes wherever any leaf does, as the state of a
-    loop over them must from the start."""
-    zero = jnp.zeros((), jnp.float32)
-    for leaf in jax.tree.leaves(trees):
-        first = jax.lax.stop_gradient(jnp.asarray(leaf)[(0,) * leaf.ndim])
-        zero = jnp.where(False, first.astype(jnp.float32), zero)
-    return zero
-
-
-def _start(x: jax.Array, start: tuple[jax.Array, ...]) -> list[jax.Array | int]:
-    start = [0 if n == 1 else s for n, s in zip(x.shape, start, strict=False)]
-    return [*start, *[0] * (x.ndim - len(start))]
 
 
 def _at(x: jax.Array, index: jax.Array) -> jax.Array:
