@@ -6,10 +6,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kernels import RelativeBias, attention, masks
+from kernels import RelativeBias, masks
 from t5like.models.config import ModelConfig
 from t5like.models.layers import Dense
 from t5like.models.positions import Rotation, rotate
+from t5like.models.sharding import sharded_attention
 
 
 class Attention(nn.Module):
@@ -54,7 +55,7 @@ class Attention(nn.Module):
         if rotation is not None:
             query = rotate(query, rotation)
         key, value = self._keys_values(source, rotation, slots)
-        output = attention(
+        output = sharded_attention(
             query,
             key,
             self._dropout(value),

@@ -10,8 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from t5like.errors import UserError
-
-DATA = "data"
+from t5like.models.sharding import DATA
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
