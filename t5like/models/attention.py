@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from kernels import RelativeBias, masks
+from t5like.errors import UserError
 from t5like.models.config import ModelConfig
 from t5like.models.layers import Dense
 from t5like.models.positions import Rotation, rotate
@@ -55,17 +58,20 @@ class Attention(nn.Module):
         if rotation is not None:
             query = rotate(query, rotation)
         key, value = self._keys_values(source, rotation, slots)
-        output = sharded_attention(
-            query,
-            key,
-            self._dropout(value),
-            mask,
-            bias=bias,
-            scale=None if config.scale_attention else 1.0,
-            backend=config.attention_backend,
-        )
+        scale = None if config.scale_attention else 1.0
+        output = self._attend(query, key, self._dropout(value), mask, bias=bias, scale=scale)
         output = output.reshape(*output.shape[:2], joined)
         return Dense(config, config.d_model, name="out")(output)
+
+    def _attend(self, *arguments: Any, **options: Any) -> jax.Array:
+        """kernels.attention; a chosen backend that cannot serve is the user's to know."""
+        backend = self.config.attention_backend
+        try:
+            return sharded_attention(*arguments, backend=backend, **options)
+        except ValueError as error:
+            if backend is None:
+                raise
+            raise UserError(f"ModelConfig.attention_backend = {backend!r}: {error}") from error
 
     def _keys_values(
         self, source: jax.Array | None, rotation: Rotation | None, slots: jax.Array | None
