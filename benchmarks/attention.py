@@ -1,252 +1,272 @@
 """Block-sparse attention on one GPU beside its rivals, all in one process on one card.
 
-    python benchmarks/attention.py                              # what the docs quote; minutes
-    python benchmarks/attention.py --lengths 16384 --head_dims 128 --densities 1 0.125
-    python benchmarks/attention.py --lengths 256 --head_dims 32 --densities 1 0.5   # a CPU: a check
+    python -m benchmarks.attention --out attention_gpu.md       # everything: see "cost" below
+    python -m benchmarks.attention --lengths 16384 --head_dims 128 --densities 1 0.125
+    python -m benchmarks.attention --lengths 256 --head_dims 32 --densities 1 0.5  # a CPU: a check
 
-Causal attention in bfloat16, forward (F) and forward with gradients (F+B). A density is the share
-of the causal triangle's blocks that are kept, at random, the diagonal always. Rivals without block
+No GPU has run it yet: the docs quote no figure of it. Its logic is tested at small sizes on a CPU.
+
+Causal attention in bfloat16, forward (F) and forward with gradients of q, k and v for a random
+bfloat16 d_out (F+B). A density is the share of the causal triangle's pairs that are visible: the
+diagonal's blocks of 128 and as many others, at random, as come nearest to it. Ours is timed by
+path, Triton's and Mosaic's, a row each. FlexAttention is given the same mask. Rivals without block
 sparsity compute the whole triangle: cuDNN through jax.nn.dot_product_attention, FlashAttention-2
-through PyTorch's scaled_dot_product_attention, tokamax. FlexAttention is given the same mask.
-Those that are not installed are left out, and the table says which.
+through PyTorch's scaled_dot_product_attention, tokamax's kernels, XLA (up to 8,192 tokens).
+Everyone has its arrays in its native layout (attention_rivals.py), so that no one pays for a
+transpose. What is not installed, refuses or fails has an empty cell and a reason at the end.
 
-"efficiency" is speed-up over cuDNN's dense kernel (or the first dense rival there is) times
-density: 1 would be perfect skipping at the rival's own speed. TFLOP/s count what the mask asks for:
-4 Dh a visible pair forward, 2.5 times as much for the gradient on top.
+Nobody is timed unchecked. Output and gradients of two heads of up to 4,096 tokens, under a mask
+of the same density, are held against the definition; at density 1 samples of the real case are held
+against the first dense rival's. A mismatch, or an exception of ours that is no refusal, makes the
+exit status 1; the race goes on.
+
+A time is the wall time of a round of calls, enqueued one after another and waited for once, over
+their number: the median of five rounds of at least --seconds each, after a warm-up. "TFLOP" is what
+the mask asks for: 4 Dh a visible pair forward, 2.5 times as much for the gradient on top.
+"efficiency" is the speed-up over the first dense rival that ran times density: 1 would be perfect
+skipping at the rival's own speed. "over Flex" is the speed-up over FlexAttention on the same mask.
+
+Cost: the whole table is 24 shapes and directions of 3 to 4 dense and 15 sparse programs each, about
+440 compilations, and some 100 small ones of the checks. 140 of them are FlexAttention's, at perhaps
+10 to 20 seconds each; the whole is an hour or more (an estimate, not measured). Where time on the
+card is short, run it a length and a head size at a time.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import functools
+import gc
+import math
+import os
+import pathlib
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+
+# PyTorch needs a part of the card. JAX takes as it needs, and at most three quarters.
+os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from kernels import attention, masks
+from benchmarks import attention_rivals as rivals
+from benchmarks.attention_rivals import Case, Maker, Run
 
-BLOCK = 128
-TOKENS = 16_384  # of a batch; rows longer than that are alone
-WIDTH = 2048  # heads times head size
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One shape and mask."""
-
-    length: int
-    head_dim: int
-    density: float
-
-    @property
-    def batch(self) -> int:
-        return max(1, TOKENS // self.length)
-
-    @property
-    def heads(self) -> int:
-        return max(1, WIDTH // self.head_dim)
-
-    @property
-    def block(self) -> int:
-        return min(BLOCK, self.length // 4)
-
-    def kept(self) -> np.ndarray:
-        """bool [R, R]: blocks of the lower triangle, the diagonal always."""
-        rows = self.length // self.block
-        draws = np.random.default_rng(0).random((rows, rows))
-        return np.tril((draws < self.density) | np.eye(rows, dtype=bool))
-
-    def true_density(self) -> float:
-        kept = self.kept()
-        return float(kept.sum() / np.tril(np.ones_like(kept)).sum())
-
-    def mask(self) -> masks.Mask:
-        if self.density == 1:
-            return masks.Causal()
-        kept = self.kept()
-        width = kept.sum(1).max()
-        columns = np.full((1, 1, kept.shape[0], width), -1)
-        for row, line in enumerate(kept):
-            columns[0, 0, row, : line.sum()] = np.flatnonzero(line)
-        return masks.Causal() & masks.BlockIndex(columns, self.block, self.block)
-
-    def flops(self, gradient: bool) -> float:
-        pairs = self.length**2 / 2 * self.true_density()
-        return (3.5 if gradient else 1.0) * 4 * self.head_dim * pairs * self.batch * self.heads
+SMALL = rivals.WHOLE  # tokens of the case that is held against the definition
+TOLERANCE = 0.05  # of a row's size: bfloat16's 0.4%, several times over
+TOKENS, WIDTH = 16_384, 2048  # of a batch, longer rows alone; heads times head size
+CPU_TOKENS, CPU_WIDTH = 256, 64
+ROUNDS = 5
+HEADS = ["length", "Dh", "density", "", "TFLOP", "ours", "ms", "TFLOP/s"]
+HEADS += ["speed-up", "over", "efficiency", "over Flex"]
 
 
-Runner = Callable[[], object]
+class Mismatch(Exception):
+    """A contender's numbers are wrong."""
 
 
-def ours(case: Case, gradient: bool, backend: str | None) -> Runner:
-    """kernels.attention."""
-    call = functools.partial(attention, mask=case.mask(), backend=backend)
-    return jax_runner(case, gradient, call)
+def compare(actual: Sequence[np.ndarray], expected: Sequence[np.ndarray], whom: str) -> None:
+    """Raises Mismatch unless every row of every result is near.
+
+    Near: within TOLERANCE of its size, or of the usual row's where it is smaller.
+    """
+    for name, a, e in zip(("output", "dq", "dk", "dv"), actual, expected, strict=False):
+        sizes = np.linalg.norm(e, axis=-1)
+        errors = np.linalg.norm(a - e, axis=-1) / np.maximum(sizes, np.median(sizes))
+        if not errors.max() <= TOLERANCE:  # NaN is wrong too
+            raise Mismatch(f"{name} is off {whom} by {errors.max():.2g} of a row's size")
 
 
-def cudnn(case: Case, gradient: bool) -> Runner:
-    call = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
-    return jax_runner(case, gradient, call)
+def seconds(run: Run, at_least: float) -> float:
+    """Of a call; the convention is the docstring's."""
 
-
-def dense_xla(case: Case, gradient: bool) -> Runner:
-    call = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="xla")
-    return jax_runner(case, gradient, call)
-
-
-def tokamax(case: Case, gradient: bool) -> Runner:
-    from tokamax import dot_product_attention
-
-    return jax_runner(case, gradient, functools.partial(dot_product_attention, is_causal=True))
-
-
-def jax_runner(case: Case, gradient: bool, call: Callable) -> Runner:
-    shape = (case.batch, case.length, case.heads, case.head_dim)
-    arrays = [jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(3)]
-
-    def scalar(*arrays):
-        return call(*arrays).astype(jnp.float32).sum()
-
-    compiled = jax.jit(jax.value_and_grad(scalar, (0, 1, 2)) if gradient else call)
-    return lambda: jax.block_until_ready(compiled(*arrays))
-
-
-def flash_attention_2(case: Case, gradient: bool) -> Runner:
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    def call(q, k, v):
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-    return torch_runner(case, gradient, call)
-
-
-def flex_attention(case: Case, gradient: bool) -> Runner:
-    import torch
-    from torch.nn.attention import flex_attention as flex
-
-    kept = torch.from_numpy(case.kept()).cuda()
-
-    def visible(b, h, q, k):
-        return (q >= k) & kept[q // case.block, k // case.block]
-
-    block_mask = flex.create_block_mask(visible, None, None, case.length, case.length)
-    compiled = torch.compile(flex.flex_attention)
-    return torch_runner(case, gradient, lambda q, k, v: compiled(q, k, v, block_mask=block_mask))
-
-
-def torch_runner(case: Case, gradient: bool, call: Callable) -> Runner:
-    import torch
-
-    shape = (case.batch, case.heads, case.length, case.head_dim)
-    arrays = [
-        torch.randn(shape, dtype=torch.bfloat16, device="cuda", requires_grad=gradient)
-        for _ in range(3)
-    ]
-
-    def run():
-        output = call(*arrays)
-        if gradient:
-            torch.autograd.grad(output.float().sum(), arrays)
-        torch.cuda.synchronize()
-
-    return run
-
-
-SPARSE = {
-    "ours": lambda case, gradient: ours(case, gradient, None),
-    "FlexAttention": flex_attention,
-}
-DENSE = {
-    "cuDNN": cudnn,
-    "FlashAttention-2": flash_attention_2,
-    "tokamax": tokamax,
-    "XLA": dense_xla,
-}
-
-
-def seconds(run: Runner, at_least: float, rounds: int = 5) -> float:
-    """Median over rounds of a call's wall time; a round lasts at least so many seconds."""
-    run()
-    start = time.perf_counter()
-    run()
-    calls = max(1, round(at_least / max(time.perf_counter() - start, 1e-6)))
-    measured = []
-    for _ in range(rounds):
+    def a_round(calls: int) -> float:
         start = time.perf_counter()
         for _ in range(calls):
-            run()
-        measured.append((time.perf_counter() - start) / calls)
-    return statistics.median(measured)
+            results = run.call()
+        run.wait(results)
+        return (time.perf_counter() - start) / calls
+
+    calls = max(1, math.ceil(at_least / max(a_round(3), 1e-6)))
+    return statistics.median(a_round(calls) for _ in range(ROUNDS))
 
 
-def table(
-    lengths: Sequence[int], head_dims: Sequence[int], densities: Sequence[float], at_least: float
-) -> str:
-    """Markdown: a row a length, head size, density and direction."""
-    absent: dict[str, str] = {}
+class Race:
+    """Times contenders, and keeps the reasons of those that cannot be timed."""
 
-    def time_of(name: str, make: Callable, case: Case, gradient: bool) -> float | None:
+    def __init__(self, at_least: float, tokens: int, width: int):
+        self.at_least, self.tokens, self.width = at_least, tokens, width
+        self.ours = rivals.our_backends()
+        self.reasons: dict[tuple[str, str], list[str]] = {}  # (contender, why): cases
+        self.failed = False
+        self._expected: dict[tuple[Case, bool], list[np.ndarray]] = {}
+        self._checked: set[tuple[str, Case, bool]] = set()
+        self._dense: tuple[str, list[np.ndarray]] | None = None
+
+    @property
+    def columns(self) -> list[str]:
+        names = [*rivals.DENSE, *rivals.SPARSE]
+        return [*HEADS, *(f"{name}, ms" for name in names)]
+
+    def case(self, length: int, head_dim: int, density: float) -> Case:
+        batch, heads = max(1, self.tokens // length), max(1, self.width // head_dim)
+        return Case(length, head_dim, density, batch, heads)
+
+    def rows(self, length: int, head_dim: int, gradient: bool, densities: Sequence[float]):
+        """Yields cells: a row a density and path of ours."""
+        self._dense = None
+        whole = self.case(length, head_dim, 1.0)
+        dense = {n: self.time(n, make, whole, gradient) for n, make in rivals.DENSE.items()}
+        for density in densities:
+            case = self.case(length, head_dim, density)
+            makers = {**self.ours, **rivals.SPARSE}
+            sparse = {n: self.time(n, make, case, gradient) for n, make in makers.items()}
+            for name in self.ours:
+                yield row(case, gradient, name, dense, sparse)
+
+    def time(self, name: str, make: Maker, case: Case, gradient: bool) -> float | None:
+        """Seconds; None, and a reason kept, if it cannot be had."""
         try:
-            return seconds(make(case, gradient), at_least)
-        except Exception as error:  # a rival that is not there, or refuses, must not end the race
-            absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            return self._timed(name, make, case, gradient)
+        except Exception as error:  # a rival that is not there, or fails, must not end the race
+            self._note(name, case, gradient, error)
             return None
+        finally:
+            release()
 
-    lines = []
-    for head_dim in head_dims:
-        for length in lengths:
+    def _timed(self, name: str, make: Maker, case: Case, gradient: bool) -> float:
+        small = Case(min(case.length, SMALL), case.head_dim, case.density, 1, 2)
+        if small != case and (name, small, gradient) not in self._checked:
+            self._check(name, small, gradient, results_of(make(small, gradient)))
+        run = make(case, gradient)
+        results = run.call()
+        run.wait(results)
+        if small == case:
+            self._check(name, case, gradient, run.sample(results))
+        if case.density == 1:
+            self._check_beside_dense(name, run.sample(results))
+        del results
+        return seconds(run, self.at_least)
+
+    def _check(self, name: str, small: Case, gradient: bool, found: list[np.ndarray]) -> None:
+        """Against the definition; once for all lengths."""
+        if (small, gradient) not in self._expected:
+            self._expected[small, gradient] = results_of(rivals.reference(small, gradient))
+        compare(found, self._expected[small, gradient], f"the definition at {small.length} tokens")
+        self._checked.add((name, small, gradient))
+
+    def _check_beside_dense(self, name: str, sample: list[np.ndarray]) -> None:
+        if self._dense is not None:
+            first, expected = self._dense
+            compare(sample, expected, first)
+        elif name in rivals.DENSE:
+            self._dense = name, sample
+
+    def _note(self, name: str, case: Case, gradient: bool, error: Exception) -> None:
+        if name in self.ours and not isinstance(error, rivals.Refusal):
+            self.failed = True
+        first_line = (str(error).splitlines() or [""])[0]
+        why = f"{type(error).__name__}: {first_line[:160]}"
+        where = f"{case.length}/{case.head_dim}/{case.share:.3f}/{direction(gradient)}"
+        self.reasons.setdefault((name, why), []).append(where)
+
+    def notes(self) -> list[str]:
+        """A line a contender and reason, with the cases length/Dh/density/direction."""
+        return [f"- {n}: {why} ({', '.join(at)})" for (n, why), at in self.reasons.items()]
+
+
+def results_of(run: Run) -> list[np.ndarray]:
+    return run.sample(run.call())
+
+
+def release() -> None:
+    """Gives a case's memory back to the card, or to JAX's pool."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def direction(gradient: bool) -> str:
+    return "F+B" if gradient else "F"
+
+
+def row(
+    case: Case,
+    gradient: bool,
+    name: str,
+    dense: dict[str, float | None],
+    sparse: dict[str, float | None],
+) -> list[str]:
+    """Cells under Race.columns, for one path of ours."""
+    took, flops = sparse[name], case.flops(gradient)
+    over = next((rival for rival, t in dense.items() if t is not None), None)
+    gain = dense[over] / took if took and over else None
+    flex = sparse["FlexAttention"]
+    cells = [str(case.length), str(case.head_dim), f"{case.share:.3f}", direction(gradient)]
+    cells += [f"{flops / 1e12:.3g}", name, ms(took), f"{flops / took / 1e12:.4g}" if took else ""]
+    cells += [f"{gain:.2f}", over, f"{gain * case.share:.2f}"] if gain else ["", "", ""]
+    cells.append(f"{flex / took:.2f}" if took and flex else "")
+    times = [*dense.values(), *(sparse[rival] for rival in rivals.SPARSE)]
+    return [*cells, *map(ms, times)]
+
+
+def ms(time: float | None) -> str:
+    return "" if time is None else f"{time * 1e3:.3f}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the table as it comes; returns the exit status."""
+    options = parse(arguments)
+    race = Race(options.seconds, options.tokens, options.width)
+    written: list[str] = []
+
+    def write(*lines: str) -> None:
+        print(*lines, sep="\n", flush=True)
+        written.extend(lines)
+        if options.out:
+            options.out.write_text("\n".join([*written, ""]))
+
+    def table_line(cells: Sequence[str]) -> str:
+        return f"| {' | '.join(cells)} |"
+
+    write(f"{jax.devices()[0].device_kind}, jax {jax.__version__}", "")
+    write(table_line(race.columns), table_line(["---:"] * len(race.columns)))
+    for head_dim in options.head_dims:
+        for length in options.lengths:
             for gradient in (False, True):
-                whole = Case(length, head_dim, 1.0)
-                dense = {n: time_of(n, make, whole, gradient) for n, make in DENSE.items()}
-                for density in densities:
-                    case = Case(length, head_dim, density)
-                    sparse = {n: time_of(n, make, case, gradient) for n, make in SPARSE.items()}
-                    lines.append(row(case, gradient, dense, sparse))
-    names = [*DENSE, *SPARSE]
-    head = ["length", "Dh", "density", "", *(f"{name}, ms" for name in names)]
-    head += ["ours, TFLOP/s", "speed-up", "over", "efficiency"]
-    rule = ["---:"] * len(head)
-    notes = [f"{name}: not measured everywhere ({why})" for name, why in absent.items()]
-    table_lines = [f"| {' | '.join(cells)} |" for cells in (head, rule, *lines)]
-    return "\n".join([*table_lines, "", *notes])
+                for cells in race.rows(length, head_dim, gradient, options.densities):
+                    write(table_line(cells))
+    torch = sys.modules.get("torch")
+    versions = [f"PyTorch {torch.__version__}", ""] if torch is not None else []
+    write("", *versions, *race.notes())
+    return int(race.failed)
 
 
-def row(case: Case, gradient: bool, dense: dict, sparse: dict) -> list[str]:
-    times = {**dense, **sparse}
-    cells = [str(case.length), str(case.head_dim), f"{case.true_density():.3f}"]
-    cells.append("F+B" if gradient else "F")
-    cells += ["" if t is None else f"{t * 1e3:.3f}" for t in times.values()]
-    rival = next((name for name, t in dense.items() if t is not None), None)
-    if times["ours"] is None or rival is None:
-        return [*cells, "", "", "", ""]
-    gain = dense[rival] / times["ours"]
-    rate = case.flops(gradient) / times["ours"] / 1e12
-    return [*cells, f"{rate:.1f}", f"{gain:.2f}", rival, f"{gain * case.true_density():.2f}"]
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    on_gpu = jax.default_backend() == "gpu"
+    numbers = {"type": int, "nargs": "+"}
+    lengths = [2**n for n in range(12, 18)]
+    densities = [1, 1 / 2, 1 / 4, 1 / 8, 1 / 16]
     parser.add_argument(
-        "--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536, 131072]
+        "--lengths", default=lengths, **numbers, help="multiples of 128, or of 4 up to 512"
     )
-    parser.add_argument("--head_dims", type=int, nargs="+", default=[64, 128])
-    parser.add_argument(
-        "--densities", type=float, nargs="+", default=[1, 1 / 2, 1 / 4, 1 / 8, 1 / 16]
-    )
+    parser.add_argument("--head_dims", default=[64, 128], **numbers)
+    parser.add_argument("--densities", default=densities, type=float, nargs="+")
     parser.add_argument("--seconds", type=float, default=0.1, help="least length of a round")
+    parser.add_argument("--tokens", type=int, default=TOKENS if on_gpu else CPU_TOKENS)
+    parser.add_argument("--width", type=int, default=WIDTH if on_gpu else CPU_WIDTH)
+    parser.add_argument("--out", type=pathlib.Path, help="a file for the same markdown")
     options = parser.parse_args(arguments)
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}\n")
-    print(table(options.lengths, options.head_dims, options.densities, options.seconds))
+    for length in options.lengths:
+        if length % (4 if length < 4 * rivals.BLOCK else rivals.BLOCK):
+            parser.error(f"{length} tokens are no whole blocks")
+    return options
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

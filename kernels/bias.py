@@ -31,6 +31,9 @@ def relative_position_bucket(
 
     Returns:
       int32 of distance's shape, in [0, num_buckets).
+
+    Raises:
+      ValueError: no bucket is exact, or exact ones alone reach `max_distance`.
     """
     xp = np if isinstance(distance, np.ndarray) else jnp
     side, buckets = xp.zeros_like(distance), num_buckets
@@ -41,6 +44,11 @@ def relative_position_bucket(
     else:
         distance = xp.maximum(-distance, 0)
     exact = buckets // 2
+    if not 0 < exact < max_distance:
+        raise ValueError(
+            f"relative position buckets: {num_buckets} of them hold {exact} exact distances, which "
+            f"must be at least 1 and fewer than max_distance = {max_distance}"
+        )
     # The added epsilon is part of T5's own float32 formula: boundaries such as 16, 32 and 64
     # fall where its checkpoints were trained to have them.
     ratio = distance.astype(np.float32) / np.float32(exact) + np.finfo(np.float32).eps

@@ -88,7 +88,14 @@ def register(cls: type, name: str) -> None:
     @functools.wraps(cls, updated=())
     def make(*args, **kwargs):
         bound = inspect.signature(cls).bind_partial(*args, **kwargs)
-        return cls(**checked(cls, name, bound.arguments))
+        values = checked(cls, name, bound.arguments)
+        try:
+            return cls(**values)
+        except ValueError as error:
+            if not issubclass(cls, masks.Mask):
+                raise
+            # The kernels know no UserError; their message names class, field and value.
+            raise UserError(str(error)) from error
 
     signature = inspect.signature(cls)
     kept = [p for p in signature.parameters.values() if p.name not in INTERNAL_FIELDS]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 
 import jax
+import jax.numpy as jnp
 
 from kernels.bias import RelativeBias
 from kernels.block_sparse_attention import flash, reference, xla
+from kernels.block_sparse_attention.checks import check_bias, check_mask, check_shapes, check_sizes
 from kernels.masks import Full, Mask
 
 # Loaded when first asked for: a CPU never imports what Pallas needs for a GPU.
@@ -26,7 +28,7 @@ def attention(
     mask: Mask | None = None,
     *,
     bias: jax.Array | RelativeBias | None = None,
-    scale: float | None = None,
+    scale: float | jax.Array | None = None,
     logits_soft_cap: float | None = None,
     return_residuals: bool = False,
     backend: str | None = None,
@@ -39,6 +41,12 @@ def attention(
     float32 whatever the inputs' dtype. A query that sees no key gives exactly 0 and passes no
     gradient.
 
+    A logit at or below -1e30, as a bias of -inf or of float32's least number makes it, hides its
+    pair like the mask does; under a soft cap none is.
+
+    To be called under jax.jit: eager calls lay out the blocks and compile kernels anew each time.
+    Calls of several blocks can be differentiated in reverse mode alone, and once.
+
     Args:
       q: [B, Q, H, Dh].
       k: [B, K, N, Dh]; H is a multiple of N, and query head h reads kv head h // (H / N)
@@ -46,33 +54,39 @@ def attention(
       v: [B, K, N, Dh].
       mask: who sees whom (kernels/masks); None lets every query see every key.
       bias: added to the scaled logits: [B or 1, H or 1, Q or 1, K], or a RelativeBias.
-      scale: multiplies the logits; None means Dh ** -0.5. T5 uses 1.
+      scale: multiplies the logits; None means Dh ** -0.5. T5 uses 1. An array, [] or of one
+        value, as a learned temperature is, multiplies q beforehand, in q's dtype.
       logits_soft_cap: c maps a logit x, bias included, to c * tanh(x / c).
       return_residuals: also return the log of the softmax's denominator.
       backend: "tpu" and "gpu" (Pallas kernels; interpreted, so slow, where there is no such
         device), "xla" (any device) or "reference" (the definition, a whole float32 product).
         None chooses the best that can serve on the devices at hand: those of the mesh in force,
         or JAX's default; short rows and decoding steps are left to XLA everywhere.
-      block_sizes: slots of a block of queries and of keys; None lets the backend choose. The
-        blocks of masks that are made of blocks must be multiples, or blocks are cut smaller.
+      block_sizes: slots of a block of queries and of keys; None lets the backend choose. Where
+        masks are made of blocks, it is the largest size up to this that divides theirs.
 
     Returns:
       [B, Q, H, Dh] of q's dtype; with return_residuals also the log-sum-exp of each query's
       visible logits, float32 [B, Q, H], -inf for a query that sees nothing.
 
     Raises:
+      TypeError: the mask is an array, or the arrays are not of 16 or 32 bit floats.
       ValueError: shapes do not fit, the backend is unknown, or the named one cannot serve.
     """
-    _check_shapes(q, k, v)
+    check_shapes(q, k, v)
+    check_sizes(block_sizes)
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"attention backend {backend!r} is unknown; there are {list(BACKENDS)}")
     mask = Full() if mask is None else mask
-    settings = {
-        "bias": bias,
-        "scale": q.shape[-1] ** -0.5 if scale is None else scale,
-        "logits_soft_cap": logits_soft_cap,
-    }
-    if backend == "reference":
+    check_mask(mask, q, k)
+    check_bias(bias, q, k)
+    q, scale = _scaled(q, scale)
+    cap = None if logits_soft_cap is None else float(logits_soft_cap)
+    settings = {"bias": bias, "scale": scale, "logits_soft_cap": cap}
+    if 0 in (*q.shape[:2], k.shape[1]):
+        output = jnp.zeros_like(q)
+        log_sum_exp = jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
+    elif backend == "reference":
         output, log_sum_exp = reference.attention(q, k, v, mask, **settings)
     else:
         settings["block_sizes"] = block_sizes
@@ -82,8 +96,8 @@ def attention(
 
 def platform() -> str:
     """Where a program will run: "tpu", "gpu" or "cpu"."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    name = jax.default_backend() if device is None else device.platform
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.config.jax_default_device
+    name = jax.default_backend() if device is None else getattr(device, "platform", device)
     return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
 
 
@@ -104,11 +118,12 @@ def _by_blocks(backend, q, k, v, mask: Mask, settings) -> tuple[jax.Array, jax.A
     raise AssertionError("the xla backend serves every call")
 
 
-def _check_shapes(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
-    shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
-        raise ValueError(f"attention wants q [B, Q, H, Dh] and k, v [B, K, N, Dh]; got {shapes}")
-    if q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"attention wants one batch size and one head size; got {shapes}")
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"attention wants a multiple of k's heads in q; got {shapes}")
+def _scaled(q: jax.Array, scale: float | jax.Array | None) -> tuple[jax.Array, float]:
+    """(q, scale) where the scale is a number known while tracing."""
+    if scale is None:
+        return q, float(q.shape[-1] ** -0.5)
+    if not isinstance(scale, jax.Array):
+        return q, float(scale)
+    if scale.size != 1:
+        raise ValueError(f"attention's scale is one number; got an array {scale.shape}")
+    return (q * scale.reshape(()).astype(jnp.float32)).astype(q.dtype), 1.0

@@ -14,12 +14,13 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 
 from kernels.bias import Lowered, RelativeBias, lowered
 from kernels.block_sparse_attention.blocks import Grid, lists
 from kernels.block_sparse_attention.manual import varying_alike
 from kernels.block_sparse_attention.problem import Problem
-from kernels.masks import Builder, Mask
+from kernels.masks import Builder, Expr, Mask
 
 # Log-sum-exp of a row that sees nothing, in the gradient: exp(logit - this) is 0, not NaN.
 NOTHING_SEEN = 1e30
@@ -69,8 +70,9 @@ class Backend(Protocol):
         d_out: jax.Array,
         *,
         interpret: bool,
+        with_bias_gradient: bool,
     ) -> tuple[Lowered, jax.Array, jax.Array, jax.Array]:
-        """(d_bias, dq, dk, dv).
+        """(d_bias, dq, dk, dv); d_bias is not read without with_bias_gradient.
 
         With p = exp(logits - lse), the gradient of the logits is p * (d_out v^T - delta); lse is
         NOTHING_SEEN where a query sees nothing.
@@ -87,10 +89,11 @@ def make_problem(
     soft_cap: float | None,
 ) -> Problem:
     """The mask's active blocks of at most `sizes`, over lengths padded to whole blocks."""
-    build = Builder(q_len, kv_len)
+    is_one_block = tuple(sizes) == (q_len, kv_len)
+    build = (_PerSlot if is_one_block else Builder)(q_len, kv_len)
     expr = mask.expression(build)
-    block_q = functools.reduce(math.gcd, [atom.block_q for atom in build.atoms], sizes[0])
-    block_kv = functools.reduce(math.gcd, [atom.block_kv for atom in build.atoms], sizes[1])
+    block_q = _within([atom.block_q for atom in build.atoms], sizes[0])
+    block_kv = _within([atom.block_kv for atom in build.atoms], sizes[1])
     padded_q, padded_kv = _up(q_len, block_q), _up(kv_len, block_kv)
     if padded_kv > kv_len:
         expr &= build.key() < kv_len
@@ -114,6 +117,23 @@ def make_problem(
         scale=scale,
         soft_cap=soft_cap,
     )
+
+
+class _PerSlot(Builder):
+    """Writes patterns of blocks out for pairs of slots, so that a call that is one block, as short
+    rows are, stays one whatever its pattern's blocks."""
+
+    def blocks(self, pattern: np.ndarray | jax.Array, block_q: int, block_kv: int) -> Expr:
+        rows, cols = np.arange(self.q_len) // block_q, np.arange(self.kv_len) // block_kv
+        return self.pair(pattern[..., rows[:, None], cols[None, :]])
+
+
+def _within(patterns: list[int], size: int) -> int:
+    """The largest block up to `size` that lies within a block of every pattern."""
+    if not patterns:
+        return size
+    common = math.gcd(*patterns)
+    return max(n for n in range(1, min(size, common) + 1) if common % n == 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +229,11 @@ class _Call:
         return jax.tree.unflatten(self.tree, [next(sources[kind]) for kind in self.split])
 
 
+# What `_forward` saves of a bias that is not differentiated, and of one that is: trees without a
+# leaf, for whether the gradient is asked for is known while tracing.
+_NO_BIAS_GRADIENT, _BIAS_GRADIENT = None, ()
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(
     call: _Call,
@@ -223,27 +248,35 @@ def _attention(
 
 
 def _forward(call: _Call, integers, floats, q, k, v):
-    out, lse = _attention(call, integers, floats, q, k, v)
-    return (out, lse), (integers, floats, q, k, v, out, lse)
+    """Arguments come as `jax.custom_derivatives.CustomVJPPrimal`s."""
+    wanted = _BIAS_GRADIENT if any(x.perturbed for x in floats) else _NO_BIAS_GRADIENT
+    arguments = jax.tree.map(lambda x: x.value, (integers, floats, q, k, v))
+    out, lse = _attention(call, *arguments)
+    return (out, lse), (*arguments, out, lse, wanted)
 
 
 def _backward(call: _Call, saved, cotangents):
-    integers, floats, q, k, v, out, lse = saved
-    d_out, d_lse = cotangents
+    integers, floats, q, k, v, out, lse, wanted = saved
+    d_out, d_lse = (
+        jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x for x in cotangents
+    )
     seen = jnp.isfinite(lse)
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1)
     delta -= jnp.where(seen, d_lse, 0.0)
     lse = jnp.where(seen, lse, NOTHING_SEEN)
     problem, bias = call.restore(integers, floats)
+    options = {"interpret": call.interpret, "with_bias_gradient": wanted is not _NO_BIAS_GRADIENT}
     d_bias, *gradients = call.backend.backward(
-        problem, bias, q, k, v, out, lse, delta, d_out, interpret=call.interpret
+        problem, bias, q, k, v, out, lse, delta, d_out, **options
     )
-    # The one floating leaf of a bias is its first.
-    d_floats = [jax.tree.leaves(d_bias)[0].astype(x.dtype) for x in floats]
+    d_floats = None
+    if options["with_bias_gradient"]:
+        # The one floating leaf of a bias is its first.
+        d_floats = [jax.tree.leaves(d_bias)[0].astype(x.dtype) for x in floats]
     return None, d_floats, *(d.astype(x.dtype) for d, x in zip(gradients, (q, k, v), strict=True))
 
 
-_attention.defvjp(_forward, _backward)
+_attention.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _up(length: int, block: int) -> int:

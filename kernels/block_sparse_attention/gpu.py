@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 
 from kernels.bias import Lowered
-from kernels.block_sparse_attention import triton
+from kernels.block_sparse_attention import device, triton
 from kernels.block_sparse_attention.problem import Problem
-
-_HOPPER = re.compile(r"\bG?H\d{2,3}\b")  # H100, H200, H800, H20, GH200
 
 
 def block_sizes(q_len: int, kv_len: int, head_dim: int, dtype: jnp.dtype) -> tuple[int, int]:
@@ -46,28 +43,19 @@ def backward(
     d_out: jax.Array,
     *,
     interpret: bool,
+    with_bias_gradient: bool = True,
 ) -> tuple[Lowered, jax.Array, jax.Array, jax.Array]:
     """See flash.Backend."""
     arguments = problem, bias, q, k, v, out, lse, delta, d_out
-    return _path(problem, bias, q, k, v).backward(*arguments, interpret=interpret)
+    options = {"interpret": interpret, "with_bias_gradient": with_bias_gradient}
+    return _path(problem, bias, q, k, v).backward(*arguments, **options)
 
 
 def _path(problem: Problem, bias: Lowered, q: jax.Array, k: jax.Array, v: jax.Array) -> ModuleType:
     """The same one for a call's output and for its gradient: it depends on the call alone."""
-    if _HOPPER.search(_device_kind()):
+    if device.capability() == "9.0":
         from kernels.block_sparse_attention import mosaic
 
         if mosaic.refusal(problem, bias, q, k, v) is None:
             return mosaic
     return triton
-
-
-def _device_kind() -> str:
-    """Such as "NVIDIA H100 80GB HBM3", of the mesh in force or of the first GPU; else ""."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None:
-        return device.device_kind
-    try:
-        return jax.local_devices(backend="gpu")[0].device_kind
-    except RuntimeError:
-        return ""

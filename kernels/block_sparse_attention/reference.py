@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.bias import RelativeBias
+from kernels.block_sparse_attention.softmax import LOWEST
 from kernels.masks import Mask
 
 
@@ -31,7 +32,7 @@ def attention(
         logits += bias.astype(jnp.float32)
     if logits_soft_cap is not None:
         logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
-    visible = mask.dense(q.shape[1], k.shape[1])  # [B or 1, H or 1, Q, K]
+    visible = mask.dense(q.shape[1], k.shape[1]) & (logits > LOWEST)  # [B, H, Q, K]
     any_visible = visible.any(-1, keepdims=True)
     # A row that sees nothing gets finite logits first, so that no NaN enters its gradient.
     logits = jnp.where(visible, logits, jnp.where(any_visible, -jnp.inf, 0.0))

@@ -15,6 +15,24 @@ from kernels.masks.expression import EVERYTHING, Expr, evaluate
 Array = np.ndarray | jax.Array
 register = functools.partial(jax.tree_util.register_dataclass, meta_fields=[])
 
+# Sums and differences of two such numbers are int32, as kernels compute them.
+LIMIT = 2**30
+
+
+def check_counts(mask: Mask, least: int = 0, **fields: int) -> None:
+    """Of a mask's own fields, which a pytree keeps as they are whatever its leaves become.
+
+    Raises:
+      ValueError: a field is no whole number from `least` to below LIMIT.
+    """
+    for name, value in fields.items():
+        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if not (whole and least <= value < LIMIT):
+            raise ValueError(
+                f"{type(mask).__name__}.{name} = {value!r} must be a whole number of at least "
+                f"{least} and below {LIMIT}"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class Atom:
@@ -196,10 +214,8 @@ class _RowsBuilder(Builder):
         return self.build.pair(_rows_of(array, self.slots))
 
     def blocks(self, pattern: Array, block_q: int, block_kv: int) -> Expr:
-        columns = np.arange(self.kv_len) // block_kv
-        return self.pair(
-            jnp.asarray(pattern)[..., np.arange(self.q_len) // block_q, :][..., columns]
-        )
+        rows = _rows_of(pattern, self.slots // block_q)
+        return self.build.pair(rows[..., np.arange(self.kv_len) // block_kv])
 
 
 def _rows_of(array: Array, slots: Array) -> jax.Array:

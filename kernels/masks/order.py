@@ -8,7 +8,7 @@ import functools
 import jax
 import numpy as np
 
-from kernels.masks.base import Builder, Mask, register
+from kernels.masks.base import LIMIT, Builder, Mask, check_counts, register
 from kernels.masks.expression import EVERYTHING, Expr
 
 
@@ -29,6 +29,9 @@ class Causal(Mask):
     offset: int = 0
     q_positions: jax.Array | None = None
     kv_positions: jax.Array | None = None
+
+    def __post_init__(self):
+        check_counts(self, 1 - LIMIT, offset=self.offset)
 
     def expression(self, build: Builder) -> Expr:
         return build.key(self.kv_positions) <= build.query(self.q_positions) + self.offset
@@ -70,6 +73,10 @@ class SlidingWindow(Mask):
     left: int | None = None
     right: int | None = None
 
+    def __post_init__(self):
+        sides = {"left": self.left, "right": self.right}
+        check_counts(self, **{name: side for name, side in sides.items() if side is not None})
+
     def expression(self, build: Builder) -> Expr:
         distance = build.key() - build.query()
         visible = EVERYTHING
@@ -96,6 +103,16 @@ class Dilated(Mask):
     right: int
     dilation: int
 
+    def __post_init__(self):
+        check_counts(self, left=self.left, right=self.right)
+        check_counts(self, 1, dilation=self.dilation)
+        for name in ("left", "right"):
+            if getattr(self, name) * self.dilation >= LIMIT:
+                raise ValueError(
+                    f"Dilated.{name} = {getattr(self, name)} times dilation = {self.dilation} "
+                    f"must be below {LIMIT}"
+                )
+
     def expression(self, build: Builder) -> Expr:
         distance = build.key() - build.query()
         window = SlidingWindow(self.left * self.dilation, self.right * self.dilation)
@@ -114,6 +131,9 @@ class AShape(Mask):
 
     sink: int
     window: int
+
+    def __post_init__(self):
+        check_counts(self, sink=self.sink, window=self.window)
 
     def expression(self, build: Builder) -> Expr:
         near = SlidingWindow(left=self.window).expression(build)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.masks.base import Array, Builder, Mask
+from kernels.masks.base import Array, Builder, Mask, check_counts
 from kernels.masks.expression import Expr
 from kernels.masks.order import Causal
 
@@ -17,18 +17,21 @@ from kernels.masks.order import Causal
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=[],
-    meta_fields=["block_size", "window_blocks", "global_blocks", "random_blocks", "seed"],
+    meta_fields=["block_size", "window_blocks", "global_blocks", "random_blocks", "seed", "causal"],
 )
 @dataclasses.dataclass(frozen=True)
 class BigBird(Mask):
     """Window, global and random blocks (Zaheer et al. 2020, section 2 and appendix D).
 
+    Blocks are counted from the start of the row, whatever is packed in it.
+
     Attributes:
       block_size: slots of a block; kernels work in blocks of at most this size.
       window_blocks: blocks of a row around its own, odd.
       global_blocks: the first blocks see all and are seen by all.
-      random_blocks: further blocks of each row, drawn from `seed`; which ones depends on the
-        lengths too.
+      random_blocks: further blocks of each row, drawn from `seed` and the row's number.
+      causal: random blocks are drawn among those before a row, for decoders: then a longer row
+        has the same pattern in front. Otherwise the draw depends on the length too.
     """
 
     block_size: int = 64
@@ -36,6 +39,18 @@ class BigBird(Mask):
     global_blocks: int = 1
     random_blocks: int = 3
     seed: int = 0
+    causal: bool = False
+
+    def __post_init__(self):
+        check_counts(self, 1, block_size=self.block_size, window_blocks=self.window_blocks)
+        if self.window_blocks % 2 == 0:
+            raise ValueError(f"BigBird.window_blocks = {self.window_blocks} must be odd")
+        check_counts(
+            self,
+            global_blocks=self.global_blocks,
+            random_blocks=self.random_blocks,
+            seed=self.seed,
+        )
 
     def expression(self, build: Builder) -> Expr:
         pattern = self.pattern(
@@ -46,12 +61,18 @@ class BigBird(Mask):
     def pattern(self, rows: int, cols: int) -> np.ndarray:
         """bool [rows, cols]: the blocks that are seen."""
         row, col = np.arange(rows)[:, None], np.arange(cols)[None, :]
-        seen = np.abs(row - col) <= self.window_blocks // 2
+        side = self.window_blocks // 2
+        seen = np.abs(row - col) <= side
         seen |= (row < self.global_blocks) | (col < self.global_blocks)
-        rng = np.random.default_rng(self.seed)
-        for line in seen:
-            others = np.flatnonzero(~line)
-            line[rng.choice(others, min(self.random_blocks, others.size), replace=False)] = True
+        if not self.random_blocks:
+            return seen
+        for number in range(self.global_blocks, rows):
+            before = np.arange(self.global_blocks, number - side)
+            after = np.arange(max(self.global_blocks, number + side + 1), cols)
+            others = before if self.causal else np.concatenate([before[before < cols], after])
+            rng = np.random.default_rng((self.seed, number))
+            drawn = rng.choice(others, min(self.random_blocks, others.size), replace=False)
+            seen[number, drawn[drawn < cols]] = True
         return seen
 
 
@@ -77,7 +98,12 @@ class VerticalSlash(Mask):
     slash: jax.Array
     block_size: int = 64
 
+    def __post_init__(self):
+        check_counts(self, 1, block_size=self.block_size)
+
     def expression(self, build: Builder) -> Expr:
+        for name in ("vertical", "slash"):
+            _check_integers(f"VerticalSlash.{name}", getattr(self, name), "B or 1, H or 1, any")
         keys = _members(self.vertical, build.kv_len)
         rows, cols = (-(-length // self.block_size) for length in (build.q_len, build.kv_len))
         # A line at distance s runs through the blocks floor(s / block) and, unless it lies on
@@ -112,9 +138,13 @@ class BlockIndex(Mask):
     block_q: int
     block_kv: int
 
+    def __post_init__(self):
+        check_counts(self, 1, block_q=self.block_q, block_kv=self.block_kv)
+
     def expression(self, build: Builder) -> Expr:
         rows, cols = -(-build.q_len // self.block_q), -(-build.kv_len // self.block_kv)
-        if self.columns.ndim != 4 or self.columns.shape[2] != rows:
+        _check_integers("BlockIndex.columns", self.columns, f"B or 1, H or 1, {rows}, any")
+        if self.columns.shape[2] != rows:
             raise ValueError(
                 f"a BlockIndex has columns {self.columns.shape}; {build.q_len} queries in blocks "
                 f"of {self.block_q} want [B or 1, H or 1, {rows}, any]"
@@ -123,6 +153,14 @@ class BlockIndex(Mask):
 
     def row_bound(self, block_q: int, block_kv: int) -> float:
         return self.columns.shape[-1] * (self.block_kv // block_kv)
+
+
+def _check_integers(name: str, array: Array, axes: str) -> None:
+    """Raises ValueError unless `array` is one of integers with as many axes as `axes` names."""
+    if not isinstance(array, np.ndarray | jax.Array):
+        raise ValueError(f"{name} is a {type(array).__name__}: give an int array [{axes}]")
+    if not jnp.issubdtype(array.dtype, jnp.integer) or array.ndim != axes.count(",") + 1:
+        raise ValueError(f"{name} is {array.dtype} {list(array.shape)}: give an int array [{axes}]")
 
 
 def _members(indices: Array, count: int) -> Array:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import jax
 
-from kernels.masks.base import Builder, Mask, register
+from kernels.masks.base import Builder, Mask, check_counts, register
 from kernels.masks.expression import EVERYTHING, Expr
 
 
@@ -52,6 +52,13 @@ class GlobalTokens(Mask):
     rows: bool = True
     columns: bool = True
 
+    def __post_init__(self):
+        check_counts(self, count=self.count)
+        if self.count and self.flags is not None:
+            raise ValueError(
+                f"GlobalTokens.count = {self.count} beside flags: give count = 0 or no flags"
+            )
+
     def expression(self, build: Builder) -> Expr:
         visible = ~EVERYTHING
         if self.rows:
@@ -77,6 +84,11 @@ class Dense(Mask):
     array: jax.Array
 
     def expression(self, build: Builder) -> Expr:
+        if not 2 <= self.array.ndim <= 4:
+            raise ValueError(
+                f"a Dense mask is {list(self.array.shape)}; give [Q, K], [B or 1, Q or 1, K] or "
+                f"[B or 1, H or 1, Q or 1, K]"
+            )
         array = self.array if self.array.ndim > 2 else self.array[None]
         array = array if array.ndim == 4 else array[:, None]
         if array.shape[2] == 1:

@@ -68,7 +68,7 @@ class Attention(nn.Module):
         backend = self.config.attention_backend
         try:
             return sharded_attention(*arguments, backend=backend, **options)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             if backend is None:
                 raise
             raise UserError(f"ModelConfig.attention_backend = {backend!r}: {error}") from error

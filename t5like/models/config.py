@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from kernels.masks import Mask
+import jax
+
+from kernels.masks import BigBird, Mask
 from t5like.errors import UserError
 
 Architecture = Literal["encoder", "decoder", "encoder_decoder"]
@@ -63,8 +65,9 @@ class ModelConfig:
         outputs of matrix products with weights ("dots").
       attention_pattern: a mask that further limits self-attention, in the encoder or in the one
         stack, such as BigBird() or Or(SlidingWindow(512, 512), GlobalTokens(1)); blocks in which
-        it shows nothing cost nothing. It speaks of slots; the first tokens of GlobalTokens are
-        those of each example of a packed row. None: no limit.
+        it shows nothing cost nothing. It speaks of slots; the first tokens of GlobalTokens and
+        AShape are those of each example of a packed row, but BigBird's blocks are the row's. A
+        decoder's random blocks want BigBird(causal=True). None: no limit.
       decoder_attention_pattern: the same for the decoder of an encoder-decoder.
       attention_backend: see kernels.attention; None chooses.
     """
@@ -132,10 +135,25 @@ class ModelConfig:
                 raise UserError(
                     f"ModelConfig.{name} = {value!r} is no mask: bind one, as in @BigBird()"
                 )
+            if jax.tree.leaves(value):
+                raise UserError(
+                    f"ModelConfig.{name} holds arrays, and those are one batch's: bind masks of "
+                    f"numbers alone, such as SlidingWindow, GlobalTokens(count), BigBird"
+                )
         if self.decoder_attention_pattern is not None and self.architecture != "encoder_decoder":
             raise UserError(
                 f"ModelConfig.decoder_attention_pattern is for an encoder-decoder: of an "
                 f"architecture {self.architecture!r} set attention_pattern"
+            )
+        name = (
+            "decoder_attention_pattern"
+            if self.architecture == "encoder_decoder"
+            else "attention_pattern"
+        )
+        if "decoder" in self.stacks and _changes_with_length(self.pattern("decoder")):
+            raise UserError(
+                f"ModelConfig.{name}: a decoder's BigBird draws its random blocks anew at each "
+                f"length; set BigBird.causal = True or BigBird.random_blocks = 0"
             )
         if self.num_heads % self.kv_heads:
             raise UserError(
@@ -173,6 +191,16 @@ class ModelConfig:
             return {self.architecture: self.num_layers}
         decoder = self.num_layers if self.num_decoder_layers is None else self.num_decoder_layers
         return {"encoder": self.num_layers, "decoder": decoder}
+
+
+def _changes_with_length(pattern: Mask | None) -> bool:
+    """A longer row has another pattern in front."""
+    if isinstance(pattern, BigBird):
+        return pattern.random_blocks > 0 and not pattern.causal
+    if pattern is None:
+        return False
+    parts = (getattr(pattern, field.name) for field in dataclasses.fields(pattern))
+    return any(_changes_with_length(part) for part in parts if isinstance(part, Mask))
 
 
 _ARCHITECTURES = ("encoder", "decoder", "encoder_decoder")

@@ -34,9 +34,11 @@ def self_mask(batch: Batch, stack: str, pattern: masks.Mask | None = None) -> ma
     isolated = batch.get(f"{stack}_isolated")
     if isolated is not None:
         if pattern is not None:
+            beside_encoder = stack == "decoder" and any(k.startswith("encoder_") for k in batch)
+            field = "decoder_attention_pattern" if beside_encoder else "attention_pattern"
             raise UserError(
-                "ModelConfig.attention_pattern speaks of the slots of a text, and this objective "
-                "appends queries that have none: set it to None"
+                f"ModelConfig.{field} speaks of the slots of a text, and this objective appends "
+                f"queries that have none: set it to None"
             )
         everyone = jnp.ones_like(isolated)
         mask &= masks.Segments(everyone, 1 - isolated) | masks.SlidingWindow(0, 0)
@@ -47,9 +49,12 @@ def self_mask(batch: Batch, stack: str, pattern: masks.Mask | None = None) -> ma
 
 
 def _in_each_example(pattern: masks.Mask, positions: jax.Array) -> masks.Mask:
-    """`pattern` with each example's first tokens global instead of each row's."""
+    """`pattern` with each example's first tokens global, or its sink, instead of each row's."""
     if isinstance(pattern, masks.GlobalTokens) and pattern.flags is None:
-        return dataclasses.replace(pattern, flags=positions < pattern.count)
+        return dataclasses.replace(pattern, count=0, flags=positions < pattern.count)
+    if isinstance(pattern, masks.AShape):
+        sink = masks.GlobalTokens(flags=positions < pattern.sink, rows=False)
+        return masks.Causal() & (masks.SlidingWindow(left=pattern.window) | sink)
     if not isinstance(pattern, masks.And | masks.Or | masks.Not):
         return pattern
     parts = {field.name: getattr(pattern, field.name) for field in dataclasses.fields(pattern)}

@@ -19,10 +19,22 @@ MASKS: dict[str, Callable[[jax.Array], masks.Mask]] = {
         ids[:, None, : ids.shape[1] // 128, None], 128, 128
     ),
 }
+MORE_MASKS: dict[str, Callable[[jax.Array], masks.Mask]] = {
+    "dense": lambda ids: masks.Dense(ids[0, :, None] >= ids[0]),
+    "dilated": lambda ids: masks.Dilated(64, 64, 2),
+    "vertical slash": lambda ids: masks.VerticalSlash(
+        ids[:, None, :4], 128 * ids[:, None, 4:8], 128
+    ),
+}
 BIASES: dict[str, Callable[[jax.Array, jax.Array], RelativeBias | None]] = {
     "none": lambda table, ids: None,
     "T5": lambda table, ids: RelativeBias(table),
     "T5, explicit positions": lambda table, ids: RelativeBias(table, ids, ids),
+}
+
+MORE_BIASES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "array of a row": lambda table, ids: table[ids[:1]].transpose(0, 2, 1)[:, :, None],
+    "array": lambda table, ids: table[ids[:1, :, None] + ids[:1, None]].transpose(0, 3, 1, 2),
 }
 
 
@@ -33,9 +45,11 @@ def gradients(attend: Callable, mask: str, bias: str) -> Callable:
       attend: like kernels.attention.
     """
 
+    make_mask, make_bias = (MASKS | MORE_MASKS)[mask], (BIASES | MORE_BIASES)[bias]
+
     def function(q, k, v, d_out, table, ids):
         def forward(q, k, v, table):
-            return attend(q, k, v, MASKS[mask](ids), bias=BIASES[bias](table, ids))
+            return attend(q, k, v, make_mask(ids), bias=make_bias(table, ids))
 
         out, pull = jax.vjp(forward, q, k, v, table)
         return out, pull(d_out)

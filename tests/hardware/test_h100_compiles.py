@@ -1,52 +1,57 @@
-"""Both GPU paths compiled for an H100 that is not here, down to machine code by ptxas.
+"""Both GPU paths compiled for GPUs that are not here, down to machine code by ptxas.
 
-A kernel that wants more shared memory than a block may have does not compile.
+A kernel that wants more shared memory than a block may have does not compile. Modules of Pallas
+for GPUs are imported where they are called: not every platform has them.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as pallas_triton
 
 from kernels import attention
-from kernels.block_sparse_attention import flash, mosaic, triton
+from kernels.block_sparse_attention import flash
 from tests.hardware import calls, topologies
 
 PLATFORM = "cuda"
 # Custom calls as XLA is given them.
 TARGETS = {"triton": "__gpu$xla.gpu.triton", "mosaic": "mosaic_gpu_v2"}
+paths = pytest.mark.parametrize("path", TARGETS)
 
 
-def attend(path, q, k, v, mask, *, bias=None):
+def attend(path, q, k, v, mask, *, bias=None, soft_cap=None, block_sizes=None):
     """kernels.attention through one of the two paths; skips what it says it cannot serve."""
+    backend = importlib.import_module(f"kernels.block_sparse_attention.{path}")
     prepared = flash.prepare(
-        path,
+        backend,
         q,
         k,
         v,
         mask,
         bias=bias,
         scale=q.shape[-1] ** -0.5,
-        logits_soft_cap=None,
-        block_sizes=None,
+        logits_soft_cap=soft_cap,
+        block_sizes=block_sizes,
     )
     call = prepared.problem, prepared.bias, prepared.q, prepared.k, prepared.v
-    reason = path.refusal(*call)
+    reason = backend.refusal(*call)
     if reason:
         pytest.skip(reason)
-    return flash.run(path, prepared, q.shape[1], interpret=False)[0]
+    return flash.run(backend, prepared, q.shape[1], interpret=False)[0]
 
 
-def lowered(attend, mask: str, bias: str = "none", length: int = 4096, **shape):
-    """Output and gradients, lowered for an H100."""
+def lowered(
+    attend, mask: str, bias: str = "none", *, length: int = 4096, gpu: str = "h100", **shape
+):
+    """Output and gradients, lowered for a GPU."""
     function = calls.gradients(attend, mask, bias)
     arguments = calls.shapes(length, shape.pop("head_dim", 128), **shape)
-    return topologies.lower(topologies.h100(), function, *arguments)
+    return topologies.lower(topologies.gpu(gpu), function, *arguments)
 
 
 def counts(program: jax.stages.Lowered) -> dict[str, int]:
@@ -55,20 +60,19 @@ def counts(program: jax.stages.Lowered) -> dict[str, int]:
     return {name: text.count(target) for name, target in TARGETS.items()}
 
 
-def compile_through(path, *arguments, **shape) -> jax.stages.Compiled:
+def compile_through(
+    path, *arguments, soft_cap=None, block_sizes=None, **shape
+) -> jax.stages.Compiled:
     """Compiles output and gradients, after a look at who serves them."""
-    program = lowered(functools.partial(attend, path), *arguments, **shape)
+    served = functools.partial(attend, path, soft_cap=soft_cap, block_sizes=block_sizes)
+    program = lowered(served, *arguments, **shape)
     found = counts(program)
-    name = path.__name__.rpartition(".")[2]
-    assert found.pop(name) >= 2 and not any(found.values())
+    assert found.pop(path) >= 2 and not any(found.values())
     return program.compile()
 
 
-paths = pytest.mark.parametrize("path", [triton, mosaic], ids=["triton", "mosaic"])
-
-
 @paths
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
 def test_head_dims(path, head_dim):
     compile_through(path, "causal", head_dim=head_dim)
 
@@ -79,10 +83,31 @@ def test_masks(path, mask):
     compile_through(path, mask)
 
 
+@pytest.mark.parametrize("mask", calls.MORE_MASKS)
+@paths
+def test_more_masks(path, mask):
+    compile_through(path, mask, length=1024, head_dim=64)
+
+
+@paths
+def test_soft_cap_and_keys_that_no_heads_share(path):
+    compile_through(path, "packed causal", soft_cap=30.0, head_dim=64, kv_heads=2)
+
+
+@pytest.mark.parametrize("block", [64, 192])
+def test_lines_of_one_warpgroup(block):
+    compile_through("mosaic", "packed causal", block_sizes=(block, block), head_dim=64)
+
+
 @paths
 @pytest.mark.parametrize("bias", [name for name in calls.BIASES if name != "none"])
 def test_biases_with_the_gradient_of_their_table(path, bias):
     compile_through(path, "window and globals", bias)
+
+
+@pytest.mark.parametrize("bias", calls.MORE_BIASES)
+def test_arrays_with_their_gradient(bias):
+    compile_through("triton", "causal", bias, length=1024, head_dim=64)
 
 
 @paths
@@ -108,6 +133,16 @@ def test_the_public_call_chooses_a_path(bias, chosen):
     program.compile()
 
 
+def test_ampere_takes_triton():
+    program = lowered(functools.partial(attention, backend="gpu"), "causal", "T5", gpu="a100")
+    assert counts(program)["triton"] and not counts(program)["mosaic"]
+    program.compile()
+
+
+def test_older_gpus_are_left_to_xla():
+    assert not any(counts(lowered(attention, "causal", gpu="t4")).values())
+
+
 @paths
 @pytest.mark.parametrize(("length", "head_dim"), [(1000, 64), (100, 80)])
 def test_odd_shapes(path, length, head_dim):
@@ -115,6 +150,8 @@ def test_odd_shapes(path, length, head_dim):
 
 
 def test_too_much_shared_memory_does_not_compile():
+    from jax.experimental.pallas import triton as pallas_triton
+
     def square(x, out):
         out[...] = jnp.dot(x[...], x[...], preferred_element_type=jnp.float32)
 
@@ -123,7 +160,7 @@ def test_too_much_shared_memory_does_not_compile():
         return pl.pallas_call(square, shape, compiler_params=pallas_triton.CompilerParams())(x)
 
     program = topologies.lower(
-        topologies.h100(), kernel, jax.ShapeDtypeStruct((512, 512), jnp.bfloat16)
+        topologies.gpu(), kernel, jax.ShapeDtypeStruct((512, 512), jnp.bfloat16)
     )
     with pytest.raises(jax.errors.JaxRuntimeError, match="Shared memory size limit exceeded"):
         program.compile()

@@ -30,6 +30,16 @@ def test_a_step_takes_no_more_bundles_than_splash(name, kind):
 
 
 @pytest.mark.parametrize("kind", ["forward", "dq", "dkv"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_spills_no_more_registers_than_splash(name, kind):
+    ours, theirs = (found[kind] for found in schedules(name))
+    full, *partial = ours.paths
+    assert full.spills <= theirs.paths[0].spills
+    # One register more is what the mask of a window and globals costs dq.
+    assert all(path.spills <= theirs.paths[0].spills + (kind == "dq") for path in partial)
+
+
+@pytest.mark.parametrize("kind", ["forward", "dq", "dkv"])
 def test_a_full_block_keeps_the_matrix_units_as_busy_as_splash(kind):
     # The same products in as many bundles. Slots in use would say less: splash turns more operands
     # around on their way into the units, which takes slots.

@@ -26,6 +26,26 @@ TPUS = {
     "v6e": "v6e:2x2",
     "tpu7x": "tpu7x:2x2x1",
 }
+# By what of an H100's description they differ from it.
+GPUS = {
+    "h100": {},
+    "a100": {
+        "NVIDIA H100 80GB HBM3": "NVIDIA A100-SXM4-80GB",
+        "cuda_compute_capability { major: 9 }": "cuda_compute_capability { major: 8 }",
+        "core_count: 132": "core_count: 108",
+        "fpus_per_core: 128": "fpus_per_core: 64",
+        "shared_memory_per_block_optin: 232448": "shared_memory_per_block_optin: 166912",
+        "shared_memory_per_core: 233472": "shared_memory_per_core: 167936",
+    },
+    "t4": {
+        "NVIDIA H100 80GB HBM3": "Tesla T4",
+        "cuda_compute_capability { major: 9 }": "cuda_compute_capability { major: 7 minor: 5 }",
+        "core_count: 132": "core_count: 40",
+        "fpus_per_core: 128": "fpus_per_core: 64",
+        "shared_memory_per_block_optin: 232448": "shared_memory_per_block_optin: 65536",
+        "shared_memory_per_core: 233472": "shared_memory_per_core: 65536",
+    },
+}
 _H100 = pathlib.Path(__file__).with_name("h100.textproto")
 _NVCC = importlib.util.find_spec("nvidia") and next(
     (
@@ -84,11 +104,13 @@ def tpu(generation: str, devices: int = 1) -> Mesh:
 
 
 @functools.cache
-def h100() -> Mesh:
-    """A mesh ("data",) of one H100."""
-    topology = topologies.get_topology_desc(
-        platform="cuda", target_config=_H100.read_text(), topology="1x1x1"
-    )
+def gpu(name: str = "h100") -> Mesh:
+    """A mesh ("data",) of one of GPUS."""
+    config = _H100.read_text()
+    for old, new in GPUS[name].items():
+        assert config.count(old) == 1, f"{_H100.name} does not say {old!r} once"
+        config = config.replace(old, new)
+    topology = topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x1")
     return topologies.make_mesh(topology, (1,), ("data",))
 
 

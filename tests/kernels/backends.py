@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import Phase, given, strategies as st
 
 from kernels import RelativeBias, attention, masks
+from tests.kernels.drawn_masks import UNITS, drawn_masks, quick
 
 # Compiling is most of these tests; the programs are tiny.
 fast_jit = functools.partial(
@@ -88,7 +89,9 @@ def mask_cases(block: int, q_len: int, kv_len: int) -> dict[str, masks.Mask]:
             jnp.array([[[1, block + 4, -1]]]), jnp.array([[[0, block + 2, -1]]]), block
         ),
         "block index": masks.BlockIndex(jnp.asarray(by_head), block, block) & ~masks.Causal(-2),
-        "dense": masks.Dense(jnp.asarray(np.random.default_rng(1).random((q_len, kv_len)) < 0.3)),
+        "dense": masks.Dense(
+            jnp.asarray(np.random.default_rng(1).random((2, 4, q_len, kv_len)) < 0.3)
+        ),
         "nothing": ~masks.Full(),
     }
 
@@ -97,15 +100,17 @@ MASKS = tuple(mask_cases(16, 40, 48))
 BIASES = ("distances", "distances one way", "buckets", "array", "array of a row")
 
 
-def make_bias(kind: str | None, shape: Shape, block: int) -> jax.Array | RelativeBias | None:
+def make_bias(
+    kind: str | None, shape: Shape, block: int, dtype: Any = jnp.float32
+) -> jax.Array | RelativeBias | None:
     if kind is None:
         return None
     rng = np.random.default_rng(2)
     q_len, kv_len = shape.lengths(block)
     if kind.startswith("array"):
         sizes = (1, shape.heads, q_len, kv_len) if kind == "array" else (shape.batch, 1, 1, kv_len)
-        return jnp.asarray(rng.normal(size=sizes), jnp.float32)
-    table = jnp.asarray(rng.normal(size=(8, shape.heads)), jnp.float32)
+        return jnp.asarray(rng.normal(size=sizes), dtype)
+    table = jnp.asarray(rng.normal(size=(8, shape.heads)), dtype)
     if kind == "buckets":
         positions = [
             jnp.asarray(rng.integers(0, 30, (n, length)))
@@ -146,6 +151,16 @@ def assert_same(actual, expected, tolerance: float) -> None:
         np.testing.assert_allclose(a, e, rtol=tolerance, atol=tolerance * size)
 
 
+@functools.cache
+def of_written_out(backend: str, **options: Any):
+    """`evaluate` with a Dense mask as an argument, compiled once for all masks."""
+
+    def call(arrays, seen):
+        return evaluate(backend, arrays, None, masks.Dense(seen), **options)
+
+    return fast_jit(call)
+
+
 class BackendTests:
     """Attributes say how a backend is asked.
 
@@ -167,7 +182,7 @@ class BackendTests:
         """One call against the reference; returns what the backend gave."""
         shape = shape or self.shape
         arrays = draw(shape, self.block, dtype)
-        bias = make_bias(bias, shape, self.block)
+        bias = make_bias(bias, shape, self.block, dtype)
         mask = mask if isinstance(mask, masks.Mask) else self.mask(mask or "causal", shape)
         expected = fast_jit(functools.partial(evaluate, "reference", **options))(arrays, bias, mask)
         options["block_sizes"] = (self.block, self.block)
@@ -190,6 +205,23 @@ class BackendTests:
         ).swapaxes(1, 2)
         assert np.all(np.asarray(output)[blind] == 0) and np.all(np.asarray(dq)[blind] == 0)
         assert np.all(np.asarray(log_sum_exp)[blind] == -np.inf)
+
+    @given(data=st.data(), as_written=st.sampled_from([False, False, True]))
+    @quick(max_examples=10, phases=set(Phase) - {Phase.shrink, Phase.explain})
+    def test_drawn_masks(self, data, as_written):
+        """As they were written, compiled each, or written out, as data of one program."""
+        blocks = self.shape.kv_blocks
+        shape = Shape(q_blocks=blocks, kv_blocks=blocks, heads=2, kv_heads=1)
+        arrays, length = draw(shape, self.block), int(blocks * self.block)
+        mask = data.draw(drawn_masks(length // UNITS))
+        seen = jnp.broadcast_to(mask.dense(length, length), (2, 1, length, length))
+        expected = of_written_out("reference")(arrays, seen)
+        options = {"block_sizes": (self.block, self.block)}
+        if as_written:
+            actual = fast_jit(lambda x: evaluate(self.backend, x, None, mask, **options))(arrays)
+        else:
+            actual = of_written_out(self.backend, **options)(arrays, seen)
+        assert_same(actual, expected, self.tolerance)
 
     @pytest.mark.parametrize("kind", BIASES)
     def test_biases(self, kind):
@@ -249,25 +281,28 @@ class BackendTests:
             assert np.all(np.asarray(leaf)[blind] == 0)
 
     def test_vmap_scan_and_remat(self):
-        """Over a leading axis of calls: mapped, and one after another with recomputation."""
+        """Over a leading axis of calls, the mask's data included: mapped, and one after another
+        with recomputation."""
         arrays = [jnp.stack([x, 2 * x]) for x in draw(self.shape, self.block)]
-        mask, options = self.mask("segments"), {"block_sizes": (self.block, self.block)}
+        masks_ = jax.tree.map(lambda ids: jnp.stack([ids, ids[::-1]]), self.mask("segments"))
+        options = {"block_sizes": (self.block, self.block)}
 
-        def scalar(arrays, backend, **options):
+        def scalar(arrays, mask, backend, **options):
             return jnp.sin(attention(*arrays, mask, backend=backend, **options)).sum()
 
         @jax.checkpoint
-        def one(arrays):
-            return scalar(arrays, self.backend, **options)
+        def one(call):
+            return scalar(*call, self.backend, **options)
 
         def mapped(arrays):
-            return jax.vmap(one)(arrays).sum()
+            return jax.vmap(one)((arrays, masks_)).sum()
 
         def scanned(arrays):
-            return jax.lax.scan(lambda total, x: (total + one(x), None), 0.0, arrays)[0]
+            return jax.lax.scan(lambda total, x: (total + one(x), None), 0.0, (arrays, masks_))[0]
 
         def plain(arrays):
-            return sum(scalar([x[i] for x in arrays], "reference") for i in range(2))
+            calls = (jax.tree.map(lambda x, i=i: x[i], (arrays, masks_)) for i in range(2))
+            return sum(scalar(*call, "reference") for call in calls)
 
         expected = fast_jit(jax.value_and_grad(plain))(arrays)
         for function in (mapped, scanned):
@@ -308,54 +343,3 @@ class BackendTests:
         actual = fast_jit(jax.value_and_grad(scalar, (0, 1)))(arrays, table)
         expected = fast_jit(jax.value_and_grad(plain, (0, 1)))(arrays, table)
         assert_same(actual, expected, self.tolerance)
-
-
-Q_LEN, KV_LEN, SMALL_BLOCK = 6, 6, 2
-
-
-def drawn_ids(draw):
-    rows = st.lists(st.integers(0, 2), min_size=Q_LEN, max_size=Q_LEN)
-    return np.array(draw(st.lists(rows, min_size=2, max_size=2)), np.int32)
-
-
-@st.composite
-def simple_masks(draw):
-    """Any mask, over 6 slots of queries and of keys."""
-    kind = draw(st.integers(0, 9))
-    few = st.integers(0, 3)
-    if kind == 0:
-        return masks.Causal(offset=draw(st.integers(-2, 2)))
-    if kind == 1:
-        return masks.Prefix(drawn_ids(draw))
-    if kind == 2:
-        return masks.Segments(drawn_ids(draw), drawn_ids(draw))
-    if kind == 3:
-        sides = st.none() | st.integers(-1, 3)
-        return masks.SlidingWindow(draw(sides), draw(sides))
-    if kind == 4:
-        bits = draw(st.integers(0, 2 ** (Q_LEN * KV_LEN) - 1))
-        flags = [bits >> i & 1 for i in range(Q_LEN * KV_LEN)]
-        return masks.Dense(np.array(flags, bool).reshape(Q_LEN, KV_LEN))
-    if kind == 5:
-        return masks.Dilated(draw(few), draw(few), draw(st.integers(1, 3)))
-    if kind == 6:
-        return masks.GlobalTokens(
-            flags=drawn_ids(draw), rows=draw(st.booleans()), columns=draw(st.booleans())
-        )
-    if kind == 7:
-        return masks.BigBird(SMALL_BLOCK, 1, draw(st.integers(0, 1)), draw(st.integers(0, 1)))
-    if kind == 8:
-        columns = draw(st.lists(st.integers(-1, 2), min_size=6, max_size=6))
-        return masks.BlockIndex(np.array(columns).reshape(1, 1, 3, 2), SMALL_BLOCK, SMALL_BLOCK)
-    return masks.Full()
-
-
-@st.composite
-def drawn_masks(draw):
-    left, right = draw(simple_masks()), draw(simple_masks())
-    join = draw(st.sampled_from(["left", "not", "and", "or"]))
-    return {"left": left, "not": ~left, "and": left & right, "or": left | right}[join]
-
-
-any_mask = given(mask=drawn_masks())
-quick = functools.partial(settings, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -67,6 +67,18 @@ def test_known_values():
     assert math.ceil(8 * 16 ** (1 / 8)) == 12
 
 
+@pytest.mark.parametrize(
+    "num_buckets, max_distance, bidirectional",
+    [(8, 4, False), (8, 2, True), (32, 16, False), (2, 9, True)],
+)
+def test_exact_buckets_end_before_the_largest_distance(num_buckets, max_distance, bidirectional):
+    bias = RelativeBias(
+        jnp.zeros((num_buckets, 1)), bidirectional=bidirectional, max_distance=max_distance
+    )
+    with pytest.raises(ValueError, match=f"max_distance = {max_distance}"):
+        bias.dense(4, 4)
+
+
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize("q_len, kv_len", [(1, 1), (1, 9), (9, 1), (7, 7), (5, 12), (12, 5)])
 def test_slots_equal_explicit_positions(bidirectional, q_len, kv_len):

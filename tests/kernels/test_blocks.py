@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from kernels import masks
+from kernels import attention, masks
 from kernels.block_sparse_attention.flash import make_problem
 from kernels.block_sparse_attention.problem import ACTIVE, FIRST, LAST, PARTIAL
-from tests.kernels.backends import MASKS, drawn_masks, mask_cases, quick
+from tests.kernels.backends import MASKS, mask_cases
+from tests.kernels.drawn_masks import drawn_masks, quick
 
 
 def put_together(problem, batch: int, heads: int, by: str) -> np.ndarray:
@@ -81,6 +84,10 @@ def test_drawn_masks(mask, on_host, block):
     check(mask, 6, 6, block, on_host)
 
 
+def problem_of(mask, length: int, block: int):
+    return make_problem(mask, length, length, (block, block), scale=1.0, soft_cap=None)
+
+
 def active(problem) -> int:
     return int((np.asarray(problem.by_row.flags) & ACTIVE != 0).sum())
 
@@ -99,7 +106,7 @@ def active(problem) -> int:
 )
 def test_active_blocks_of_4096_tokens(mask, expected):
     """Counted by hand on the 16 by 16 grid of blocks of 256; the list is as long."""
-    problem = make_problem(mask, 4096, 4096, (256, 256), scale=1.0, soft_cap=None)
+    problem = problem_of(mask, 4096, 256)
     assert active(problem) == expected
     seen = mask.dense(4096, 4096)[0, 0].reshape(16, 256, 16, 256).any((1, 3))
     assert problem.by_row.num_steps == expected + int((~seen.any(1)).sum())
@@ -108,16 +115,77 @@ def test_active_blocks_of_4096_tokens(mask, expected):
 
 def test_blocks_of_patterns_cut_the_kernels_blocks():
     mask = masks.BigBird(24) & masks.BlockIndex(np.zeros((1, 1, 3, 1), int), 36, 12)
-    problem = make_problem(mask, 96, 96, (128, 128), scale=1.0, soft_cap=None)
-    assert (problem.block_q, problem.block_kv) == (4, 4)
+    problem = problem_of(mask, 96, 128)
+    assert (problem.block_q, problem.block_kv) == (12, 12)
 
 
 def test_a_block_index_bounds_the_dynamic_list():
     columns = jnp.zeros((1, 1, 16, 2), jnp.int32)
-    problem = jax.jit(
-        lambda columns: make_problem(
-            masks.BlockIndex(columns, 16, 16), 256, 256, (16, 16), scale=1.0, soft_cap=None
-        )
-    )(columns)
+    problem = jax.jit(lambda columns: problem_of(masks.BlockIndex(columns, 16, 16), 256, 16))(
+        columns
+    )
     assert problem.by_row.rows.shape[-1] == 16 * 2 + 16
     assert int(problem.by_row.num_steps) == 16
+
+
+def steps_and_active(mask, length: int, block: int) -> tuple[int, int, int]:
+    """Entries by row (forward, dq) and by column (dk, dv), and blocks that are active."""
+    problem = problem_of(mask, length, block)
+    return problem.by_row.num_steps, problem.by_col.num_steps, active(problem)
+
+
+@pytest.mark.parametrize(
+    ("length", "block", "expected"), [(4096, 256, 74), (65536, 512, 634)], ids=["4k", "64k"]
+)
+def test_a_window_with_one_global_row_and_column(length, block, expected):
+    mask = masks.SlidingWindow(block, block) | masks.GlobalTokens(1)
+    assert steps_and_active(mask, length, block) == (expected, expected, expected)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        masks.BigBird(block_size=64, window_blocks=3, global_blocks=2, random_blocks=3, seed=1),
+        masks.Causal() & (masks.SlidingWindow(512, 0) | masks.GlobalTokens(16)),
+        masks.SlidingWindow(300, 0) | masks.GlobalTokens(flags=(np.arange(4096) % 1500 == 7)[None]),
+    ],
+    ids=["BigBird of 64", "causal", "scattered globals"],
+)
+def test_steps_over_active_blocks(mask):
+    by_row, by_col, active = steps_and_active(mask, 4096, 256)
+    assert max(by_row, by_col) <= 1.05 * active
+
+
+def test_lines_without_a_block_cost_one_step_each():
+    seen = np.zeros((4096, 4096), bool)
+    seen[:256, :256] = True
+    assert steps_and_active(masks.Dense(seen), 4096, 256) == (16, 16, 1)
+
+
+def grids(jaxpr) -> list[tuple[int, ...]]:
+    """The grids of the kernels in a program."""
+    found = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "pallas_call":
+            found.append(eqn.params["grid_mapping"].grid)
+        else:
+            found += [
+                grid for inner in jax.core.jaxprs_in_params(eqn.params) for grid in grids(inner)
+            ]
+    return found
+
+
+def test_the_grids_of_a_tpus_kernels_are_as_long_as_the_list():
+    """Forward, dq, and dk with dv: steps a head, where a padded grid has 16 * 16."""
+    heads, mask = 4, masks.BigBird(256, window_blocks=3, global_blocks=1, random_blocks=3)
+    q, kv = (jax.ShapeDtypeStruct((1, 4096, n, 128), jnp.bfloat16) for n in (heads, 2))
+
+    def loss(q, k, v):
+        options = {"backend": "tpu", "block_sizes": (256, 256)}
+        return attention(q, k, v, mask, **options).astype(jnp.float32).sum()
+
+    found = grids(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(q, kv, kv).jaxpr)
+    assert len(found) == 3
+    needed = active(problem_of(mask, 4096, 256))
+    assert needed < 0.6 * 256
+    assert all(math.prod(grid) / heads <= 1.05 * needed for grid in found)

@@ -12,10 +12,11 @@ ROOM = pathlib.Path(__file__).parent
 
 def test_shard_map_on_four_devices():
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    command = [sys.executable, "-m", "pytest", "-k", "test_shard_map", "-p", "no:xdist"]
-    files = [str(ROOM / f"test_{name}.py") for name in ("tpu", "triton", "xla")]
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist"]
+    classes = ("test_tpu.py::TestTpu", "test_triton.py::TestTriton", "test_xla.py::TestXla")
+    tests = [f"{ROOM / name}::test_shard_map" for name in classes]
     found = subprocess.run(
-        [*command, *files],
+        [*command, *tests],
         env=environment,
         cwd=ROOM.parents[1],
         capture_output=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -98,3 +99,65 @@ def test_masks_pass_through_jit_as_arguments():
     mask = masks.Causal(offset=1) & masks.Segments(IDS, IDS)
     dense = jax.jit(lambda m: m.dense(4, 4))(mask)
     np.testing.assert_array_equal(dense, mask.dense(4, 4))
+
+
+@pytest.mark.parametrize(
+    "pattern, large",
+    [
+        (masks.BigBird(2, 1, 1, 2, causal=True), masks.BigBird(128)),
+        (
+            masks.BlockIndex(np.array([[[[1], [0]]]]), 3, 2),
+            masks.BlockIndex(np.zeros((1, 1, 32, 1), int), 128, 128),
+        ),
+    ],
+    ids=["bigbird", "block index"],
+)
+def test_rows_of_a_pattern_of_blocks_without_its_square(pattern, large):
+    """A decoding step's few rows of a pattern never become [L, L]."""
+    slots, length = np.array([[4], [2]]), 6
+    whole = pattern.dense(length, length)[0, 0]
+    rows = masks.Rows(pattern, jnp.asarray(slots)).dense(1, length)
+    np.testing.assert_array_equal(rows[:, 0], whole[slots])
+    jaxpr = jax.make_jaxpr(lambda slots: masks.Rows(large, slots).dense(1, 4096))(slots)
+    arrays = [v.aval for eqn in jaxpr.eqns for v in eqn.outvars] + [v.aval for v in jaxpr.consts]
+    assert max(np.prod(array.shape) for array in arrays) <= 2 * 4096
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_a_longer_row_has_the_same_causal_bigbird_in_front(seed):
+    mask = masks.BigBird(2, 3, 1, 2, seed, causal=True) & masks.Causal()
+    long, short = (np.asarray(mask.dense(n, n))[0, 0] for n in (30, 17))
+    np.testing.assert_array_equal(long[:17, :17], short)
+    blocks = mask.left.pattern(15, 15)
+    assert blocks[5:].sum(1).tolist() == [3 + 1 + 2] * 9 + [2 + 1 + 2]
+    others = masks.BigBird(2, 3, 1, 2, seed).pattern(15, 15)
+    assert others[1:].sum(1).min() >= 5 and np.triu(others[1:], 2).any()
+
+
+@pytest.mark.parametrize(
+    "make, said",
+    [
+        (lambda: masks.Dilated(1, 1, 0), "Dilated.dilation = 0"),
+        (lambda: masks.Dilated(-1, 1, 2), "Dilated.left = -1"),
+        (lambda: masks.Dilated(1, 2**20, 2**20), "Dilated.right = 1048576"),
+        (lambda: masks.SlidingWindow(right=-1), "SlidingWindow.right = -1"),
+        (lambda: masks.SlidingWindow(left=2**30), "SlidingWindow.left = 1073741824"),
+        (lambda: masks.Causal(offset=-(2**31)), "Causal.offset = -2147483648"),
+        (lambda: masks.AShape(-1, 2), "AShape.sink = -1"),
+        (lambda: masks.AShape(1, None), "AShape.window = None"),
+        (lambda: masks.BigBird(0), "BigBird.block_size = 0"),
+        (lambda: masks.BigBird(window_blocks=2), "BigBird.window_blocks = 2 must be odd"),
+        (lambda: masks.BigBird(random_blocks=-1), "BigBird.random_blocks = -1"),
+        (lambda: masks.GlobalTokens(2, FLAGS), "GlobalTokens.count = 2 beside flags"),
+        (lambda: masks.VerticalSlash(IDS, IDS, 0), "VerticalSlash.block_size = 0"),
+        (lambda: masks.BlockIndex(IDS, 2, 0), "BlockIndex.block_kv = 0"),
+        (lambda: masks.BlockIndex(IDS, 2, 2).dense(4, 4), "BlockIndex.columns is int"),
+        (lambda: masks.BlockIndex([[[[0]]]], 4, 4).dense(4, 4), "BlockIndex.columns is a list"),
+        (lambda: masks.BlockIndex(np.ones((1, 1, 2, 1)), 2, 2).dense(4, 4), "columns is float64"),
+        (lambda: masks.VerticalSlash(IDS, IDS[None]).dense(4, 4), "VerticalSlash.vertical is"),
+        (lambda: masks.Dense(FLAGS[0] != 0).dense(4, 4), r"Dense mask is \[4\]"),
+    ],
+)
+def test_refusals(make, said):
+    with pytest.raises(ValueError, match=said):
+        make()

@@ -7,6 +7,7 @@ compilation in tests/hardware.
 
 from __future__ import annotations
 
+import functools
 import threading
 
 import jax
@@ -15,14 +16,18 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import thread_map
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from kernels import masks
 from kernels.block_sparse_attention import flash, mosaic, reference
+from kernels.block_sparse_attention.mosaic import compiler
 from kernels.block_sparse_attention.mosaic.lines import MAX_SHARED_BYTES, Lines, Plan
-from kernels.block_sparse_attention.mosaic.tiles import LOG2E, WARPGROUP_ROWS, Units
+from kernels.block_sparse_attention.mosaic.tiles import WARPGROUP_ROWS, Units
+from kernels.block_sparse_attention.softmax import LOG2_E
 from tests.kernels.backends import Shape, draw, fast_jit
 
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+INTERPRETED = InterpretGPUParams(detect_races=True)
 
 
 @pytest.fixture
@@ -80,7 +85,7 @@ def compute(arrays, mask, blocks, soft_cap=None):
     def interpreted(q, k, v):
         call = prepared((q, k, v), mask, blocks, soft_cap)
         assert mosaic.refusal(call.problem, call.bias, call.q, call.k, call.v) is None
-        return flash.run(mosaic, call, q.shape[1], interpret=True)
+        return flash.run(mosaic, call, q.shape[1], interpret=INTERPRETED)
 
     return evaluate(interpreted, arrays, weights)
 
@@ -128,16 +133,24 @@ def test_the_ring_is_reused(interpreter):
     assert_close(compute(arrays, mask, (64, 64)), expected(arrays, mask))
 
 
+def test_lists_of_each_head_of_each_row_of_a_batch(interpreter):
+    """Two query heads a kv head, one of which has no block at all in one row of the batch."""
+    arrays = draw(Shape(2, 2, 2, 2, 1, 64), 64, jnp.bfloat16)
+    columns = [[[[0, 1], [1, -1]], [[1, -1], [0, 1]]], [[[-1, -1], [0, -1]], [[1, 0], [-1, -1]]]]
+    mask = masks.BlockIndex(jnp.array(columns), 64, 64)
+    assert_close(compute(arrays, mask, (64, 64)), expected(arrays, mask))
+
+
 def test_inactive_blocks_are_never_read(interpreter):
     arrays = draw(Shape(1, 2, 2, 1, 1, 64), 64, jnp.bfloat16)
     ids = np.repeat([[1, 2]], 64, axis=1).astype(np.int32)
     spoilt = [x.at[:, 64:].set(jnp.nan) for x in arrays]
     call = prepared(spoilt, masks.Segments(ids, ids), (64, 64))
-    out, lse = mosaic.forward(call.problem, None, call.q, call.k, call.v, interpret=True)
+    out, lse = mosaic.forward(call.problem, None, call.q, call.k, call.v, interpret=INTERPRETED)
     assert np.isfinite(out[:, :, :64]).all() and np.isnan(out[:, :, 64:]).all()
     clean = jnp.where(jnp.isnan(out), 0, out)
     _, *gradients = mosaic.backward(
-        call.problem, None, call.q, call.k, call.v, clean, lse, lse, clean, interpret=True
+        call.problem, None, call.q, call.k, call.v, clean, lse, lse, clean, interpret=INTERPRETED
     )
     for gradient in gradients:
         assert np.isfinite(gradient[:, :, :64]).all() and np.isnan(gradient[:, :, 64:]).all()
@@ -159,6 +172,45 @@ def test_layouts_agree(head_dim, blocks):
     assert text.count("mosaic_gpu_v2") == (3 if head_dim <= 128 else 4)
 
 
+def loss(q, k, v, ids):
+    mask = masks.Segments(ids, ids) & masks.Causal()
+    call = prepared((q, k, v), mask, (64, 64))
+    return flash.run(mosaic, call, q.shape[1], interpret=False)[0].astype(jnp.float32).sum()
+
+
+def mapped(*arrays):
+    return jax.vmap(loss)(*arrays).sum()
+
+
+def scanned(*arrays):
+    step = jax.checkpoint(lambda total, x: (total + loss(*x), None))
+    return jax.lax.scan(step, jnp.float32(0), arrays)[0]
+
+
+def sharded(*arrays):
+    """With the default check of what varies along which axes of the mesh."""
+    mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Auto,))
+
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(jax.P(None, "data"),) * 4, out_specs=jax.P()
+    )
+    def summed(*arrays):
+        return jax.lax.psum(mapped(*arrays), "data")
+
+    return summed(*arrays)
+
+
+@pytest.mark.parametrize("function", [mapped, scanned, sharded])
+def test_transformations_lower(function):
+    x = jax.ShapeDtypeStruct((3, 1, 128, 2, 64), jnp.bfloat16)
+    keys = jax.ShapeDtypeStruct((3, 1, 128, 1, 64), jnp.bfloat16)
+    ids = jax.ShapeDtypeStruct((3, 1, 128), jnp.int32)
+    gradient = jax.jit(jax.grad(function, argnums=(0, 1, 2))).trace(x, keys, keys, ids)
+    text = gradient.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu_v2") == 3
+    assert "1x2x128x64xf32" in text  # keys' gradients of each query head, not yet rounded
+
+
 @pytest.mark.parametrize("scale", [0.3, 0.0, -0.3])
 @pytest.mark.parametrize("soft_cap", [None, 2.0])
 def test_units(scale, soft_cap):
@@ -171,7 +223,7 @@ def test_units(scale, soft_cap):
         )
 
     raw = units.logits(products)
-    np.testing.assert_allclose(raw * units.factor / LOG2E, logit(products), atol=1e-5)
+    np.testing.assert_allclose(raw * units.factor / LOG2_E, logit(products), atol=1e-5)
     slope = units.slope(raw)
     derivative = jax.vmap(jax.grad(logit))(products)
     np.testing.assert_allclose(scale * (1 if slope is None else slope), derivative, atol=1e-5)
@@ -208,7 +260,7 @@ def test_refusals(reason, head_dim, dtype, blocks, mask, bias):
     ],
 )
 def test_compilers_that_miscompile_masks_are_refused(monkeypatch, version, masked, refused):
-    monkeypatch.setattr(mosaic, "_compiler", lambda: version)
+    monkeypatch.setattr(compiler, "version", lambda: version)
     arrays = draw(Shape(1, 1, 1, 1, 1, 64), 64, jnp.bfloat16)
     call = prepared(arrays, masks.Causal() if masked else masks.Full(), (64, 64))
     said = mosaic.refusal(call.problem, call.bias, call.q, call.k, call.v)

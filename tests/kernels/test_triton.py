@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import masks
-from kernels.block_sparse_attention import flash, gpu, mosaic, triton
+from kernels import attention, masks
+from kernels.block_sparse_attention import api, device, flash, gpu, mosaic, triton
+from kernels.block_sparse_attention.mosaic import compiler
 from kernels.block_sparse_attention.problem import ACTIVE, PARTIAL
 from kernels.block_sparse_attention.triton import diagonals
 from kernels.block_sparse_attention.triton.lists import END, FULL, LINE, MASKED, lines
-from kernels.block_sparse_attention.triton.sizes import tilings
-from tests.kernels.backends import BackendTests, Shape, draw
+from kernels.block_sparse_attention.triton.sizes import HELD, Held, tilings
+from kernels.block_sparse_attention.triton.tiles import Tiling
+from tests.kernels.backends import BackendTests, Shape, draw, make_bias
 
 
 class TestTriton(BackendTests):
@@ -42,6 +46,31 @@ def prepared(mask, *, head_dim=64, dtype=jnp.bfloat16, blocks=(64, 64), heads=(1
     return flash.prepare(triton, *arrays, mask, block_sizes=blocks, **settings)
 
 
+@pytest.mark.parametrize("bias", ["distances", "buckets", "array", "array of a row"])
+def test_shard_map_lowers_with_its_check_of_what_varies(bias):
+    """Its default, which the interpreter does not pass: the batch's shards add up the gradient of
+    a bias that they share."""
+    arrays = draw(Shape(2, 2, 2, 2, 1, 64), 64)
+    ids = jnp.ones((2, 128), jnp.int32)
+    bias = make_bias(bias, Shape(1, 2, 2, 2, 1, 64), 64)
+    mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Auto,))
+
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=((jax.P("data"),) * 3, jax.P()), out_specs=jax.P("data")
+    )
+    def sharded(arrays, bias):
+        mask = masks.Segments(ids[: arrays[0].shape[0]], ids[:1]) & masks.Causal()
+        settings = {"bias": bias, "scale": 1.0, "logits_soft_cap": 5.0, "block_sizes": (64, 64)}
+        call = flash.prepare(triton, *arrays, mask, **settings)
+        return flash.run(triton, call, 128, interpret=False)[0]
+
+    traced = jax.jit(jax.grad(lambda *x: sharded(*x).sum(), (0, 1), allow_int=True)).trace(
+        tuple(arrays), bias
+    )
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__gpu$xla.gpu.triton") == 4
+
+
 @pytest.mark.parametrize("by_row", [True, False])
 @pytest.mark.parametrize("xp", [np, jnp])
 def test_full_entries_precede_partial_ones_and_long_lines_short_ones(xp, by_row):
@@ -57,10 +86,53 @@ def test_full_entries_precede_partial_ones_and_long_lines_short_ones(xp, by_row)
     assert lengths == [2, 1, 1, 0] and sorted(work.plan[0, 0, :, LINE]) == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("capability", ["7.5", "gfx942"])
+def test_older_and_other_devices_are_left_to_xla(monkeypatch, capability):
+    monkeypatch.setattr(device, "capability", lambda: capability)
+    call = prepared(masks.Causal())
+    arguments = call.problem, call.bias, call.q, call.k, call.v
+    for path in (triton, gpu):
+        assert f"compute capability {capability}" in path.refusal(*arguments)
+    monkeypatch.setattr(api, "platform", lambda: "gpu")
+    q = jax.ShapeDtypeStruct((1, 1024, 1, 64), jnp.bfloat16)
+    assert "pallas_call" not in str(jax.make_jaxpr(lambda x: attention(x, x, x))(q))
+    monkeypatch.setattr(device, "capability", lambda: "8.0")
+    assert "pallas_call" in str(jax.make_jaxpr(lambda x: attention(x, x, x))(q))
+
+
+@pytest.mark.parametrize(
+    "kind, capability",
+    [
+        ("NVIDIA H100 80GB HBM3", "9.0"),
+        ("NVIDIA GH200 480GB", "9.0"),
+        ("NVIDIA A100-SXM4-80GB", "8.0"),
+        ("NVIDIA B200", "10.0"),
+        ("NVIDIA L4", "8.6"),
+        ("NVIDIA RTX A6000", "8.6"),
+        ("Tesla T4", "7.5"),
+        ("NVIDIA GeForce RTX 2080 Ti", "7.5"),
+        ("Tesla V100-SXM2-16GB", "7.0"),
+        ("AMD Instinct MI300X", "gfx"),
+    ],
+)
+def test_absent_devices_are_known_by_name_and_present_ones_asked(monkeypatch, kind, capability):
+    absent = types.SimpleNamespace(platform="gpu", device_kind=kind)
+    mesh = types.SimpleNamespace(abstract_device=absent)
+    monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
+    assert device.capability() == capability
+    present = types.SimpleNamespace(device_kind=kind, compute_capability="9.1")
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [present])
+    assert device.capability() == "9.1"
+    absent.platform = "cpu"
+    assert device.capability() is None
+
+
 @pytest.mark.parametrize("capability", ["8.0", "8.6", "9.0", "12.0"])
-def test_tiles_are_powers_of_two_that_shrink_with_shared_memory(capability):
+def test_tiles_are_powers_of_two_that_fit_shared_memory(capability):
+    limit = {"8.0": 163, "8.6": 99, "9.0": 227, "12.0": 99}[capability] * 1024
     for head_dim in (16, 32, 64, 128, 256):
         for dtype in (jnp.bfloat16, jnp.float32):
+            width = head_dim * jnp.dtype(dtype).itemsize
             for staged in (0, 4, 5):
                 chosen = tilings(head_dim, dtype, staged, capability)
                 largest = tilings(head_dim, dtype, 0, "9.0")
@@ -70,6 +142,15 @@ def test_tiles_are_powers_of_two_that_shrink_with_shared_memory(capability):
                         assert side >= 16 and side & (side - 1) == 0
                     bound = getattr(largest, name)
                     assert tiling.q <= bound.q and tiling.kv <= bound.kv
+                    assert HELD[name].shared_bytes(tiling, width, staged) <= limit
+
+
+def test_shared_memory_of_a_tiling():
+    """By hand: 128 rows kept of one array, three stages of 64 rows of two, 4 bytes an element."""
+    held = Held("q", kept=1, moved=2)
+    assert held.shared_bytes(Tiling(128, 64, warps=4, stages=3), width=256, staged=4) == (
+        128 * 256 + 3 * (2 * 64 * 256 + 128 * 64 * 4)
+    )
 
 
 @pytest.mark.parametrize(
@@ -88,17 +169,11 @@ def test_refusals(reason, options):
 
 
 @pytest.mark.parametrize(
-    "kind, head_dim, path",
-    [
-        ("NVIDIA H100 80GB HBM3", 64, mosaic),
-        ("NVIDIA GH200 480GB", 128, mosaic),
-        ("NVIDIA H100 80GB HBM3", 32, triton),
-        ("NVIDIA A100-SXM4-80GB", 64, triton),
-        ("", 64, triton),
-    ],
+    "capability, head_dim, path",
+    [("9.0", 64, mosaic), ("9.0", 32, triton), ("8.0", 64, triton), (None, 64, triton)],
 )
-def test_hopper_takes_the_kernels_written_for_it(monkeypatch, kind, head_dim, path):
-    monkeypatch.setattr(gpu, "_device_kind", lambda: kind)
-    monkeypatch.setattr(mosaic, "_compiler", lambda: None)
+def test_hopper_takes_the_kernels_written_for_it(monkeypatch, capability, head_dim, path):
+    monkeypatch.setattr(device, "capability", lambda: capability)
+    monkeypatch.setattr(compiler, "version", lambda: None)
     call = prepared(masks.Causal(), head_dim=head_dim)
     assert gpu._path(call.problem, call.bias, call.q, call.k, call.v) is path

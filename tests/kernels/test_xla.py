@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from benchmarks import attention_cpu
-from kernels import masks
+from kernels import attention, masks
 from kernels.block_sparse_attention import flash, xla
 from kernels.block_sparse_attention.xla.strips import Walk
-from tests.kernels.backends import BackendTests, Shape
+from tests.kernels.backends import BackendTests, Shape, draw
 
 
 class TestXla(BackendTests):
@@ -45,6 +45,17 @@ def problem_of(mask: masks.Mask, length: int, block: int):
 )
 def test_blocks_fit_the_length(lengths, expected):
     assert xla.block_sizes(*lengths, 64, jnp.float32) == expected
+
+
+@pytest.mark.parametrize("length", [114, 199, 300, 600])
+def test_patterns_of_blocks_keep_blocks_large(length):
+    sizes = xla.block_sizes(length, length, 64, jnp.float32)
+    mask = masks.BigBird(64)
+    problem = flash.make_problem(mask, length, length, sizes, scale=1.0, soft_cap=None)
+    assert min(problem.block_q, problem.block_kv) >= 32
+    q, k, v = draw(Shape(1, length, length, 1, 1, 8), 1)
+    actual, expected = (attention(q, k, v, mask, backend=name) for name in ("xla", "reference"))
+    np.testing.assert_allclose(actual, expected, atol=2e-5)
 
 
 def test_steps_follow_the_sum_of_widths():

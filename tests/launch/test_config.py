@@ -201,6 +201,19 @@ def test_a_value_that_its_class_refuses_names_the_binding(binding):
     assert name in message and "command line" in message
 
 
+@pytest.mark.parametrize(
+    "fields, refused",
+    [
+        (["Dilated.left = 1", "Dilated.right = 1", "Dilated.dilation = 0"], "Dilated.dilation = 0"),
+        (["BigBird.window_blocks = 2"], "BigBird.window_blocks = 2"),
+    ],
+)
+def test_a_mask_that_refuses_a_value_names_the_binding(fields, refused):
+    name = refused.split(".")[0]
+    message = error(f"ModelConfig.attention_pattern = @{name}()", *fields)
+    assert refused in message and "must be" in message and "command line" in message
+
+
 def test_no_budget():
     assert "train.steps" in error("train.steps = None")
 

@@ -42,12 +42,29 @@ def test_first_tokens_of_packed_examples_are_global():
     assert not seen[:3, 3:].any() and not seen[3:, :3].any()
 
 
+def test_packed_examples_have_sinks_of_their_own_and_the_rows_blocks():
+    batch = {
+        "decoder_segment_ids": np.array([[1, 1, 1, 2, 2, 2, 2]]),
+        "decoder_positions": np.array([[0, 1, 2, 0, 1, 2, 3]]),
+    }
+
+    def seen(pattern):
+        return np.argwhere(self_mask(batch, "decoder", pattern).dense(7, 7)[0, 0]).tolist()
+
+    first = [[0, 0], [1, 0], [1, 1], [2, 0], [2, 2]]
+    second = [[3, 3], [4, 3], [4, 4], [5, 3], [5, 5], [6, 3], [6, 6]]
+    assert seen(masks.AShape(sink=1, window=0)) == first + second
+    assert seen(~~masks.AShape(sink=1, window=0)) == first + second
+    blocks = [[0, 0], [1, 0], [1, 1], [2, 2], [3, 3], [4, 4], [5, 4], [5, 5], [6, 6]]
+    assert seen(masks.BigBird(2, 1, 0, 0)) == blocks
+
+
 @pytest.mark.parametrize(
     "pattern",
     [
         masks.SlidingWindow(left=3),
         masks.AShape(sink=2, window=2),
-        masks.BigBird(2, 1, 1, 1),
+        masks.BigBird(2, 1, 1, 1, causal=True),
         masks.Dilated(2, 0, 2) | masks.GlobalTokens(count=1),
     ],
     ids=["window", "a shape", "bigbird", "dilated"],
@@ -63,7 +80,8 @@ def test_decoding_step_by_step_equals_the_whole_row(tiny, architecture, pattern)
     model = Transformer(config)
     if architecture == "encoder_decoder":
         encoded = model.apply({"params": params}, batch["encoder_input_tokens"], method="encode")
-    cache = init_cache(config, rows, length)
+    # Longer than the row that the model was trained on, as generation may ask for.
+    cache = init_cache(config, rows, length + 6)
 
     @jax.jit
     def step(params, cache, tokens, positions):
@@ -104,6 +122,25 @@ def test_refusals(tiny):
         tiny.config("encoder", decoder_attention_pattern=masks.Causal())
     with pytest.raises(UserError, match="appends queries"):
         self_mask({"encoder_isolated": np.zeros((1, 4), np.int32)}, "encoder", WINDOW)
+    features = {name: np.zeros((1, 4), np.int32) for name in ("decoder_isolated", "encoder_x")}
+    with pytest.raises(UserError, match="ModelConfig.decoder_attention_pattern speaks"):
+        self_mask(features, "decoder", WINDOW)
+    del features["encoder_x"]
+    with pytest.raises(UserError, match="ModelConfig.attention_pattern speaks"):
+        self_mask(features, "decoder", WINDOW)
+    with pytest.raises(UserError, match="ModelConfig.attention_pattern holds arrays"):
+        tiny.config("encoder", attention_pattern=~masks.GlobalTokens(flags=np.ones((1, 4))))
+
+
+@pytest.mark.parametrize(
+    "architecture, field",
+    [("decoder", "attention_pattern"), ("encoder_decoder", "decoder_attention_pattern")],
+)
+def test_a_decoders_bigbird_is_causal_wherever_it_is(tiny, architecture, field):
+    with pytest.raises(UserError, match=rf"ModelConfig.{field}: .* set BigBird.causal = True"):
+        tiny.config(architecture, **{field: WINDOW & ~(masks.Full() | masks.BigBird())})
+    tiny.config(architecture, **{field: masks.BigBird(random_blocks=0)})
+    tiny.config("encoder_decoder", attention_pattern=masks.BigBird())
 
 
 LONG = 16_384

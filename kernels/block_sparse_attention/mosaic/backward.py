@@ -1,15 +1,22 @@
-"""Backward: dq by rows of blocks, dk and dv by columns; both recompute p from the log-sum-exp."""
+"""Backward: dq by rows of blocks, dk and dv by columns; both recompute p from the log-sum-exp.
+
+Query heads that share a kv head have a program each. They write dk and dv of their own in float32,
+8 * B * H * K * Dh bytes in all, so that nothing is rounded before their sum.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from kernels.block_sparse_attention.manual import vary_like
 from kernels.block_sparse_attention.mosaic.backward_keys import dkv_kernel
 from kernels.block_sparse_attention.mosaic.backward_queries import dq_kernel
 from kernels.block_sparse_attention.mosaic.lines import Lines
-from kernels.block_sparse_attention.mosaic.tiles import LOG2E
 from kernels.block_sparse_attention.problem import Problem
+from kernels.block_sparse_attention.softmax import LOG2_E
 
 
 def backward(
@@ -23,7 +30,8 @@ def backward(
     delta: jax.Array,
     d_out: jax.Array,
     *,
-    interpret: bool,
+    interpret: Any,
+    with_bias_gradient: bool = True,
 ) -> tuple[None, jax.Array, jax.Array, jax.Array]:
     """The gradients of `forward`.
 
@@ -32,14 +40,15 @@ def backward(
       q, out, d_out: [B, H, Q, Dh]; k, v: [B, N, K, Dh], bfloat16 or float16.
       lse: float32 [B, H, Q], large and positive where nothing is seen.
       delta: float32 [B, H, Q], what is subtracted from d_out v^T.
-      interpret: run in Pallas' interpreter of Mosaic GPU.
+      interpret: parameters of Pallas' interpreter of Mosaic GPU, to run in it.
+      with_bias_gradient: there is no bias to ask it of.
 
     Returns:
       (None, dq, dk, dv) in the inputs' shapes and dtypes.
     """
-    del bias, out
+    del bias, out, with_bias_gradient
     operands = [jnp.asarray(x) for x in (*problem.query, *problem.key)]
-    inputs = (q, k, v, d_out.astype(q.dtype), lse * LOG2E, delta, *operands)
+    inputs = (q, k, v, d_out.astype(q.dtype), lse * LOG2_E, delta, *operands)
     by_row = Lines.arrays(problem.by_row, by_row=True)
     by_col = Lines.arrays(problem.by_col, by_row=False)
     dq = dq_kernel(problem, q, k, interpret)(*by_row, *inputs)
@@ -47,13 +56,13 @@ def backward(
     together = [("dk", "dv")] if q.shape[-1] <= 128 else [("dk",), ("dv",)]
     calls = [dkv_kernel(problem, q, k, interpret, wanted) for wanted in together]
     dk, dv = (x for call in calls for x in call(*by_col, *inputs))
-    return None, dq, _over_group(dk, k), _over_group(dv, v)
+    return None, *vary_like((dq, _over_group(dk, k), _over_group(dv, v)), *inputs)
 
 
 def _over_group(gradient: jax.Array, like: jax.Array) -> jax.Array:
-    """Sums [B, H, K, Dh] over the query heads of each kv head."""
+    """Sums float32 [B, H, K, Dh] over the query heads of each kv head."""
     batch, heads, kv_len, head_dim = gradient.shape
     if heads == like.shape[1]:
         return gradient
     split = gradient.reshape(batch, like.shape[1], -1, kv_len, head_dim)
-    return split.sum(2, dtype=jnp.float32).astype(like.dtype)
+    return split.sum(2).astype(like.dtype)

@@ -11,15 +11,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels.block_sparse_attention.mosaic.lines import (
-    BATCH,
-    HEAD,
-    WARPGROUP,
-    Lines,
-    Plan,
-    kv_head,
-    wait_if,
-)
+from kernels.block_sparse_attention.mosaic import copies
+from kernels.block_sparse_attention.mosaic.lines import WARPGROUP, Lines, Plan, kv_head
 from kernels.block_sparse_attention.mosaic.tiles import WARPGROUP_ROWS, Registers, Units, hide
 from kernels.block_sparse_attention.problem import Problem
 
@@ -27,15 +20,16 @@ TILE = 64  # two float32 tiles are live at once, beside the sums
 
 
 def dkv_kernel(
-    problem: Problem, q: jax.Array, k: jax.Array, interpret: bool, wanted: Sequence[str]
+    problem: Problem, q: jax.Array, k: jax.Array, interpret: Any, wanted: Sequence[str]
 ) -> Callable[..., list[jax.Array]]:
     """Of the list by columns, q, k, v, d_out, lse in base 2, delta and the mask's operands.
 
-    It gives those of "dk" and "dv" that are wanted, of each query head, [B, H, K, Dh]. Tiles are
-    transposed: [keys, queries].
+    It gives those of "dk" and "dv" that are wanted, of each query head, [B, H, K, Dh]: in float32
+    where heads share keys, else in their dtype. Tiles are transposed: [keys, queries].
     """
-    with_dk, with_dv = "dk" in wanted, "dv" in wanted
     batch, heads, _, head_dim = q.shape
+    shares = heads > k.shape[1]
+    with_dk, with_dv = "dk" in wanted, "dv" in wanted
     num_query, num_key = len(problem.query), len(problem.key)
     plan = Plan.make(
         problem.by_col.num_lines,
@@ -49,12 +43,12 @@ def dkv_kernel(
     shape = (WARPGROUP_ROWS, plan.tile)
 
     def kernel(*refs: Any) -> None:
-        order, offsets, rows, flags, q_ref, k_ref, v_ref, d_ref, lse_ref, delta_ref, *rest = refs
+        lists, inputs, rest = refs[:4], refs[4:10], refs[10:]
+        q_ref, k_ref, v_ref, d_ref, lse_ref, delta_ref = inputs
         query_refs, key_refs = rest[:num_query], rest[num_query : num_query + num_key]
         *gradient_refs, scratch = rest[num_query + num_key :]
-        b, h = lax.axis_index(BATCH), lax.axis_index(HEAD)
-        warpgroup = lax.axis_index(WARPGROUP)
-        lines = Lines(order, offsets, rows, flags, plan, b, h)
+        warpgroup, lines = lax.axis_index(WARPGROUP), Lines.here(plan, *lists)
+        b, h = lines.batch, lines.head
 
         @pl.when(warpgroup < plan.computing)
         def _compute() -> None:
@@ -65,9 +59,10 @@ def dkv_kernel(
             mine, ready = pl.ds(kv_start, WARPGROUP_ROWS), scratch["ready"].at[warpgroup]
             keys, *others = (ref.at[warpgroup] for ref in scratch["kv"])
             n = kv_head(h, heads // k.shape[1])
-            for source, target in zip((k_ref, v_ref), (keys, *others), strict=False):
-                plgpu.copy_gmem_to_smem(source.at[b, n, mine], target, ready)
-            lines.copy_operands(key_refs, scratch["key"], warpgroup, mine, ready)
+            sources = zip((k_ref, v_ref), scratch["kv"], strict=False)
+            rows = [(source, (b, n), target) for source, target in sources]
+            operands = copies.operands(lines, key_refs, scratch["key"])
+            copies.start([*rows, *operands], mine, warpgroup, ready)
             plgpu.barrier_wait(ready)
 
             def body(step: jax.Array, totals: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -113,36 +108,25 @@ def dkv_kernel(
             totals = lax.fori_loop(0, steps, body, dict.fromkeys(wanted, zeros))
             for name, target, buffer in zip(wanted, gradient_refs, (keys, *others), strict=False):
                 total = totals[name] * problem.scale if name == "dk" else totals[name]
-                buffer[...] = total.astype(k.dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(buffer, target.at[b, h, mine])
+                if shares:
+                    # Straight from registers: no buffer holds float32, and threads write sectors.
+                    target[b, h, mine] = total
+                else:
+                    buffer[...] = total.astype(k.dtype)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(buffer, target.at[b, h, mine])
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(warpgroup == plan.computing)
         def _feed() -> None:
-            plan.give_registers()
-            _, entries, steps = zip(*(lines.line(lane) for lane in range(plan.lanes)), strict=True)
+            operands = copies.operands(lines, query_refs, scratch["query"])
+            d_out, delta = (d_ref, (b, h), scratch["d_out"]), (delta_ref, (b, h), scratch["delta"])
+            queries, lse = (q_ref, (b, h), scratch["q"]), (lse_ref, (b, h), scratch["lse"])
+            streams = {"d": [d_out, delta], "q": [queries, lse, *operands]}
+            copies.feed(lines, scratch, streams)
 
-            def copy(lane: int, step: jax.Array, slot: jax.Array, is_reused: jax.Array) -> None:
-                q_start, _ = lines.tile(entries[lane], step)
-                queries = pl.ds(q_start, plan.tile)
-
-                def fetch(source: Any, name: str, ready: Any) -> None:
-                    part = source.at[b, h, queries]
-                    plgpu.copy_gmem_to_smem(part, scratch[name].at[slot], ready)
-
-                wait_if(is_reused, scratch["d_free"].at[slot])
-                fetch(d_ref, "d_out", scratch["d_ready"].at[slot])
-                fetch(delta_ref, "delta", scratch["d_ready"].at[slot])
-                wait_if(is_reused, scratch["q_free"].at[slot])
-                ready = scratch["q_ready"].at[slot]
-                fetch(q_ref, "q", ready)
-                fetch(lse_ref, "lse", ready)
-                lines.copy_operands(query_refs, scratch["query"], slot, queries, ready)
-
-            plan.feed(steps, copy, (scratch["q_free"], scratch["d_free"]))
-
-    gradient = jax.ShapeDtypeStruct((batch, heads, *k.shape[2:]), k.dtype)
+    dtype = jnp.float32 if shares else k.dtype
+    gradient = jax.ShapeDtypeStruct((batch, heads, *k.shape[2:]), dtype)
     return plan.launch(
         kernel,
         problem.by_col.num_lines,
@@ -162,10 +146,7 @@ def dkv_kernel(
                 "ready": plgpu.Barrier(
                     num_arrivals=1 + with_dk + num_key, num_barriers=plan.computing
                 ),
-                "q_ready": plgpu.Barrier(num_arrivals=2 + num_query, num_barriers=plan.ring),
-                "d_ready": plgpu.Barrier(num_arrivals=2, num_barriers=plan.ring),
-                "q_free": plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.ring),
-                "d_free": plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.ring),
+                **plan.rings(q=2 + num_query, d=2),
             }
         ],
     )

@@ -11,15 +11,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels.block_sparse_attention.mosaic.lines import (
-    BATCH,
-    HEAD,
-    WARPGROUP,
-    Lines,
-    Plan,
-    kv_head,
-    wait_if,
-)
+from kernels.block_sparse_attention.mosaic import copies
+from kernels.block_sparse_attention.mosaic.lines import WARPGROUP, Lines, Plan, kv_head
 from kernels.block_sparse_attention.mosaic.tiles import WARPGROUP_ROWS, Registers, Units, hide
 from kernels.block_sparse_attention.problem import Problem
 
@@ -27,7 +20,7 @@ TILE = 64  # two float32 tiles are live at once, beside the sum
 
 
 def dq_kernel(
-    problem: Problem, q: jax.Array, k: jax.Array, interpret: bool
+    problem: Problem, q: jax.Array, k: jax.Array, interpret: Any
 ) -> Callable[..., jax.Array]:
     """Of the list by rows, q, k, v, d_out, lse in base 2, delta and the mask's operands."""
     batch, heads, _, head_dim = q.shape
@@ -44,12 +37,12 @@ def dq_kernel(
     shape = (WARPGROUP_ROWS, plan.tile)
 
     def kernel(*refs: Any) -> None:
-        order, offsets, cols, flags, q_ref, k_ref, v_ref, d_ref, lse_ref, delta_ref, *rest = refs
+        lists, inputs, rest = refs[:4], refs[4:10], refs[10:]
+        q_ref, k_ref, v_ref, d_ref, lse_ref, delta_ref = inputs
         query_refs, key_refs = rest[:num_query], rest[num_query : num_query + num_key]
         dq_ref, scratch = rest[num_query + num_key :]
-        b, h = lax.axis_index(BATCH), lax.axis_index(HEAD)
-        warpgroup = lax.axis_index(WARPGROUP)
-        lines = Lines(order, offsets, cols, flags, plan, b, h)
+        warpgroup, lines = lax.axis_index(WARPGROUP), Lines.here(plan, *lists)
+        b, h = lines.batch, lines.head
 
         @pl.when(warpgroup < plan.computing)
         def _compute() -> None:
@@ -59,11 +52,10 @@ def dq_kernel(
             q_start = first_row + member * WARPGROUP_ROWS
             mine, ready = pl.ds(q_start, WARPGROUP_ROWS), scratch["ready"].at[warpgroup]
             own = {name: scratch[name].at[warpgroup] for name in ("q", "d_out", "lse", "delta")}
-            for source, target in zip(
-                (q_ref, d_ref, lse_ref, delta_ref), own.values(), strict=True
-            ):
-                plgpu.copy_gmem_to_smem(source.at[b, h, mine], target, ready)
-            lines.copy_operands(query_refs, scratch["query"], warpgroup, mine, ready)
+            sources = zip((q_ref, d_ref, lse_ref, delta_ref), own, strict=True)
+            rows = [(source, (b, h), scratch[name]) for source, name in sources]
+            operands = copies.operands(lines, query_refs, scratch["query"])
+            copies.start([*rows, *operands], mine, warpgroup, ready)
             plgpu.barrier_wait(ready)
             lse, delta = registers.load(own["lse"], 0), registers.load(own["delta"], 0)
 
@@ -104,22 +96,10 @@ def dq_kernel(
 
         @pl.when(warpgroup == plan.computing)
         def _feed() -> None:
-            plan.give_registers()
             n = kv_head(h, heads // k.shape[1])
-            _, entries, steps = zip(*(lines.line(lane) for lane in range(plan.lanes)), strict=True)
-
-            def copy(lane: int, step: jax.Array, slot: jax.Array, is_reused: jax.Array) -> None:
-                kv_start, _ = lines.tile(entries[lane], step)
-                keys = pl.ds(kv_start, plan.tile)
-                wait_if(is_reused, scratch["v_free"].at[slot])
-                ready = scratch["v_ready"].at[slot]
-                plgpu.copy_gmem_to_smem(v_ref.at[b, n, keys], scratch["v"].at[slot], ready)
-                wait_if(is_reused, scratch["k_free"].at[slot])
-                ready = scratch["k_ready"].at[slot]
-                plgpu.copy_gmem_to_smem(k_ref.at[b, n, keys], scratch["k"].at[slot], ready)
-                lines.copy_operands(key_refs, scratch["key"], slot, keys, ready)
-
-            plan.feed(steps, copy, (scratch["k_free"], scratch["v_free"]))
+            operands = copies.operands(lines, key_refs, scratch["key"])
+            keys, values = (k_ref, (b, n), scratch["k"]), (v_ref, (b, n), scratch["v"])
+            copies.feed(lines, scratch, {"v": [values], "k": [keys, *operands]})
 
     return plan.launch(
         kernel,
@@ -139,10 +119,7 @@ def dq_kernel(
                 "query": [plan.resident_vector(jnp.int32)] * num_query,
                 "key": [plan.streamed_vector(jnp.int32)] * num_key,
                 "ready": plgpu.Barrier(num_arrivals=4 + num_query, num_barriers=plan.computing),
-                "k_ready": plgpu.Barrier(num_arrivals=1 + num_key, num_barriers=plan.ring),
-                "v_ready": plgpu.Barrier(num_barriers=plan.ring),
-                "k_free": plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.ring),
-                "v_free": plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.ring),
+                **plan.rings(k=1 + num_key, v=1),
             }
         ],
     )

@@ -10,35 +10,28 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels.block_sparse_attention.mosaic.lines import (
-    BATCH,
-    HEAD,
-    WARPGROUP,
-    Lines,
-    Plan,
-    kv_head,
-    wait_if,
-)
+from kernels.block_sparse_attention.manual import vary_like
+from kernels.block_sparse_attention.mosaic import copies
+from kernels.block_sparse_attention.mosaic.lines import WARPGROUP, Lines, Plan, kv_head
 from kernels.block_sparse_attention.mosaic.tiles import (
-    LOG2E,
-    LOWEST,
     WARPGROUP_ROWS,
     Registers,
     Units,
     hide,
 )
 from kernels.block_sparse_attention.problem import Problem
+from kernels.block_sparse_attention.softmax import LOG2_E, LOWEST
 
 
 def forward(
-    problem: Problem, bias: None, q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool
+    problem: Problem, bias: None, q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Attention over the active blocks.
 
     Args:
       bias: None.
       q: [B, H, Q, Dh]; k, v: [B, N, K, Dh], bfloat16 or float16.
-      interpret: run in Pallas' interpreter of Mosaic GPU.
+      interpret: parameters of Pallas' interpreter of Mosaic GPU, to run in it.
 
     Returns:
       out [B, H, Q, Dh] of q's dtype, and the logarithm of the softmax's denominator, float32
@@ -59,12 +52,11 @@ def forward(
     shape = (WARPGROUP_ROWS, plan.tile)
 
     def kernel(*refs: Any) -> None:
-        order, offsets, cols, flags, q_ref, k_ref, v_ref, *rest = refs
+        lists, (q_ref, k_ref, v_ref), rest = refs[:4], refs[4:7], refs[7:]
         query_refs, key_refs = rest[:num_query], rest[num_query : num_query + num_key]
         out_ref, lse_ref, scratch = rest[num_query + num_key :]
-        b, h = lax.axis_index(BATCH), lax.axis_index(HEAD)
-        warpgroup = lax.axis_index(WARPGROUP)
-        lines = Lines(order, offsets, cols, flags, plan, b, h)
+        warpgroup, lines = lax.axis_index(WARPGROUP), Lines.here(plan, *lists)
+        b, h = lines.batch, lines.head
 
         def meet() -> None:
             """Two warpgroups of a line take turns with the tensor core, one's softmax being
@@ -81,10 +73,11 @@ def forward(
             q_start = first_row + member * WARPGROUP_ROWS
             mine, q_tile = pl.ds(q_start, WARPGROUP_ROWS), scratch["q"].at[warpgroup]
             ready = scratch["q_ready"].at[warpgroup]
-            plgpu.copy_gmem_to_smem(q_ref.at[b, h, mine], q_tile, ready)
-            lines.copy_operands(query_refs, scratch["query"], warpgroup, mine, ready)
+            rows = (q_ref, (b, h), scratch["q"])
+            operands = copies.operands(lines, query_refs, scratch["query"])
+            copies.start([rows, *operands], mine, warpgroup, ready)
             plgpu.barrier_wait(ready)
-            wait_if(steps > 0, scratch["k_ready"].at[plan.slot(lane, jnp.int32(0))])
+            copies.wait_if(steps > 0, scratch["k_ready"].at[plan.slot(lane, jnp.int32(0))])
             if plan.warpgroups == 2:
                 pl.when(member == 1)(meet)
 
@@ -125,7 +118,7 @@ def forward(
 
                 def await_next() -> None:
                     following = scratch["k_ready"].at[plan.slot(lane, step + 1)]
-                    wait_if(step + 1 < steps, following)
+                    copies.wait_if(step + 1 < steps, following)
 
                 values = scratch["v"].at[slot]
                 [total] = registers.accumulate(total, p, values, during=await_next)
@@ -148,7 +141,7 @@ def forward(
             inverse = jnp.where(weight > 0, 1 / jnp.where(weight > 0, weight, 1), 0)
             q_tile[...] = (total * registers.spread(inverse, total.shape, 0)).astype(q.dtype)
             lse = scratch["lse"].at[warpgroup]
-            lse[...] = highest * (1 / LOG2E) + jnp.log(weight)
+            lse[...] = highest * (1 / LOG2_E) + jnp.log(weight)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_tile, out_ref.at[b, h, mine])
             plgpu.copy_smem_to_gmem(lse, lse_ref.at[b, h, mine])
@@ -156,22 +149,10 @@ def forward(
 
         @pl.when(warpgroup == plan.computing)
         def _feed() -> None:
-            plan.give_registers()
             n = kv_head(h, heads // k.shape[1])
-            _, entries, steps = zip(*(lines.line(lane) for lane in range(plan.lanes)), strict=True)
-
-            def copy(lane: int, step: jax.Array, slot: jax.Array, is_reused: jax.Array) -> None:
-                kv_start, _ = lines.tile(entries[lane], step)
-                keys = pl.ds(kv_start, plan.tile)
-                wait_if(is_reused, scratch["k_free"].at[slot])
-                ready = scratch["k_ready"].at[slot]
-                plgpu.copy_gmem_to_smem(k_ref.at[b, n, keys], scratch["k"].at[slot], ready)
-                lines.copy_operands(key_refs, scratch["key"], slot, keys, ready)
-                wait_if(is_reused, scratch["v_free"].at[slot])
-                ready = scratch["v_ready"].at[slot]
-                plgpu.copy_gmem_to_smem(v_ref.at[b, n, keys], scratch["v"].at[slot], ready)
-
-            plan.feed(steps, copy, (scratch["k_free"], scratch["v_free"]))
+            operands = copies.operands(lines, key_refs, scratch["key"])
+            keys, values = (k_ref, (b, n), scratch["k"]), (v_ref, (b, n), scratch["v"])
+            copies.feed(lines, scratch, {"k": [keys, *operands], "v": [values]})
 
     call = plan.launch(
         kernel,
@@ -192,14 +173,12 @@ def forward(
                 "query": [plan.resident_vector(jnp.int32)] * num_query,
                 "key": [plan.streamed_vector(jnp.int32)] * num_key,
                 "q_ready": plgpu.Barrier(num_arrivals=1 + num_query, num_barriers=plan.computing),
-                "k_ready": plgpu.Barrier(num_arrivals=1 + num_key, num_barriers=plan.ring),
-                "v_ready": plgpu.Barrier(num_barriers=plan.ring),
-                "k_free": plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.ring),
-                "v_free": plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.ring),
+                **plan.rings(k=1 + num_key, v=1),
                 "turn": plgpu.Barrier(num_arrivals=plan.warpgroups),
             }
         ],
     )
     operands = [jnp.asarray(x) for x in (*problem.query, *problem.key)]
-    out, lse = call(*Lines.arrays(problem.by_row, by_row=True), q, k, v, *operands)
-    return out, lse
+    lists = Lines.arrays(problem.by_row, by_row=True)
+    out, lse = call(*lists, q, k, v, *operands)
+    return vary_like((out, lse), q, k, v)

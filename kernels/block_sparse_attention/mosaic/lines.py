@@ -16,12 +16,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels.block_sparse_attention.mosaic.tiles import WARPGROUP_ROWS
+from kernels.block_sparse_attention.order import group_of, longest_first
 from kernels.block_sparse_attention.problem import ACTIVE, Blocks
 
 # H100's 227 KiB for a program, less room for barriers and the scratch of reductions.
@@ -137,6 +137,16 @@ class Plan:
         """Shared memory for the rings of the lanes, [ring, tile, head_dim]."""
         return _tiles(self.ring, self.tile, head_dim, dtype)
 
+    def rings(self, **copies: int) -> dict[str, Any]:
+        """Barriers of streams, by name; so many copies fill a buffer."""
+        found = {}
+        for name, count in copies.items():
+            barriers = {"ready": count, "free": self.warpgroups}
+            for kind, arrivals in barriers.items():
+                barrier = plgpu.Barrier(num_arrivals=arrivals, num_barriers=self.ring)
+                found[f"{name}_{kind}"] = barrier
+        return found
+
     def resident_vector(self, dtype: Any) -> Any:
         return plgpu.SMEM((self.computing, WARPGROUP_ROWS), dtype)
 
@@ -145,8 +155,6 @@ class Plan:
 
     def launch(self, body: Any, lines: int, batch: int, heads: int, **settings: Any) -> Any:
         """A kernel whose programs start line by line, so that all groups' longest come first."""
-        if settings.pop("interpret"):
-            settings["interpret"] = _interpreter()
         return plgpu.kernel(
             body,
             grid=(lines * self.block // (self.rows * self.lanes), batch, heads),
@@ -177,12 +185,15 @@ class Lines:
     batch: jax.Array
     head: jax.Array
 
+    @classmethod
+    def here(cls, plan: Plan, *refs: Any) -> Lines:
+        """Of the running program; refs of `arrays`."""
+        return cls(*refs, plan, lax.axis_index(BATCH), lax.axis_index(HEAD))
+
     @staticmethod
     def arrays(blocks: Blocks, by_row: bool) -> list[jax.Array]:
         """What kernels are given of a list: the first four attributes."""
-        xp = np if blocks.is_static else jnp
-        count = blocks.offsets[..., 1:] - blocks.offsets[..., :-1]
-        order = xp.argsort(-count, axis=-1, stable=True).astype(np.int32)
+        order = longest_first(blocks.offsets[..., 1:] - blocks.offsets[..., :-1])
         place = blocks.cols if by_row else blocks.rows
         return [jnp.asarray(x) for x in (order, blocks.offsets, place, blocks.flags)]
 
@@ -207,26 +218,12 @@ class Lines:
         return slot, self.flags[*group, entry]
 
     def group(self, array: Any) -> tuple[Any, Any]:
-        """Where in [B or 1, H or 1, ..] the program's batch and head are."""
-        size_b, size_h = array.shape[:2]
-        return self.batch if size_b > 1 else 0, self.head if size_h > 1 else 0
-
-    def copy_operands(
-        self, sources: Sequence[Any], targets: Sequence[Any], slot: Any, where: Any, barrier: Any
-    ) -> None:
-        """Copies the mask's operands at slots `where` into each target's `slot`."""
-        for source, target in zip(sources, targets, strict=True):
-            place = source.at[*self.group(source), where]
-            plgpu.copy_gmem_to_smem(place, target.at[slot], barrier)
+        return group_of(array, self.batch, self.head)
 
 
 def kv_head(head: jax.Array, group: int) -> jax.Array:
     """The head of keys that a head of queries attends with."""
     return _div(head, group)
-
-
-def wait_if(condition: jax.Array, barrier: Any) -> None:
-    pl.when(condition)(lambda: plgpu.barrier_wait(barrier))
 
 
 def _div(x: jax.Array, divisor: int) -> jax.Array:
@@ -241,11 +238,3 @@ def _tiles(count: int, slots: int, head_dim: int, dtype: Any) -> Any:
     # As wgmma reads them: rows of 128 bytes, swizzled.
     transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     return plgpu.SMEM((count, slots, head_dim), dtype, transforms=transforms)
-
-
-@functools.cache
-def _interpreter() -> Any:
-    # jax 0.10.2 exports it under no public name.
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-
-    return InterpretGPUParams(detect_races=True)

@@ -19,12 +19,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels.block_sparse_attention.problem import PARTIAL, Problem
+from kernels.block_sparse_attention.softmax import LOG2_E, scale_is_fused, tanh
 
 WARPGROUP_ROWS = 64  # rows of a wgmma
-LOG2E = math.log2(math.e)
 HIDDEN = -math.inf
-# Running maxima start here: finite, so that hidden logits get exp2(-inf - LOWEST) = 0 exactly.
-LOWEST = -1e30
 TILE, ROW, COLUMN = (
     plgpu.Layout.WGMMA,
     plgpu.Layout.WGMMA.reduce(1),
@@ -115,25 +113,20 @@ class Units:
 
     @property
     def factor(self) -> float:
-        fused = self.soft_cap is None and self.scale > 0
-        return self.scale * LOG2E if fused else 1.0
+        fused = scale_is_fused(self.scale, self.soft_cap)
+        return self.scale * LOG2_E if fused else 1.0
 
     def logits(self, products: jax.Array) -> jax.Array:
         if self.soft_cap is not None:
-            return _tanh(products * (self.scale / self.soft_cap)) * (self.soft_cap * LOG2E)
-        return products if self.factor != 1.0 else products * (self.scale * LOG2E)
+            return tanh(products, self.scale / self.soft_cap) * (self.soft_cap * LOG2_E)
+        return products if self.factor != 1.0 else products * (self.scale * LOG2_E)
 
     def slope(self, logits: jax.Array) -> jax.Array | None:
         """The soft cap's derivative, given what `logits` returned; None where there is no cap."""
         if self.soft_cap is None:
             return None
-        tanh = logits * (1 / (self.soft_cap * LOG2E))
-        return 1 - tanh * tanh
-
-
-def _tanh(x: jax.Array) -> jax.Array:
-    # By exp2, since the hardware's tanh has 11 bits: too few for logits of a cap's size.
-    return 1 - 2 / (jnp.exp2(x * (2 * LOG2E)) + 1)
+        share = logits * (1 / (self.soft_cap * LOG2_E))
+        return 1 - share * share
 
 
 def hide(

@@ -45,7 +45,9 @@ class NoBias:
     def gradient(self, steps: Steps) -> Output | None:
         return None
 
-    def accumulate(self, ref: Any, place: Place, refs: Any, ds: jax.Array, keys: slice) -> None:
+    def accumulate(
+        self, ref: Any, place: Place, refs: Any, ds: jax.Array, keys: slice, before: Any
+    ) -> None:
         pass
 
     def finish(self, total: jax.Array | None, heads: int) -> None:
@@ -97,7 +99,9 @@ class OfBucket:
         spec = steps.spec((None, *shape[1:]), lambda at: (at.head, 0, 0))
         return jax.ShapeDtypeStruct(shape, jnp.float32), spec
 
-    def accumulate(self, ref: Any, place: Place, refs: Any, ds: jax.Array, keys: slice) -> None:
+    def accumulate(
+        self, ref: Any, place: Place, refs: Any, ds: jax.Array, keys: slice, before: Any
+    ) -> None:
         index = self._index(refs, keys)
         for i in range(ref.shape[0]):
             ref[i : i + 1, :] += jnp.where(index == i, ds, 0.0).sum(0, keepdims=True)
@@ -140,28 +144,30 @@ class OfArray:
         return self.bias.array.shape[2] == 1
 
     def gradient(self, steps: Steps) -> Output:
-        problem, heads = self.problem, steps.batch * steps.heads
+        problem, lead = self.problem, self.bias.array.shape[:2]
+        tiles = problem.q_len // problem.block_q, problem.kv_len // problem.block_kv
         if self.is_resident:
-            shape = (heads, problem.kv_len // problem.block_kv, problem.block_kv)
+            shape = (steps.batch * steps.heads, tiles[1], problem.block_kv)
             spec = steps.spec((None, *shape[1:]), lambda at: (at.head, 0, 0))
         else:
-            tiles = problem.q_len // problem.block_q, problem.kv_len // problem.block_kv
-            shape = (heads, *tiles, problem.block_kv, problem.block_q)
-            spec = self._spec(steps, lambda at: at.head)
+            shape = (lead[0] * lead[1], *tiles, problem.block_kv, problem.block_q)
+            spec = self._spec(steps, lambda at: at.lead(lead))
         return jax.ShapeDtypeStruct(shape, jnp.float32), spec
 
-    def accumulate(self, ref: Any, place: Place, refs: Any, ds: jax.Array, keys: slice) -> None:
+    def accumulate(
+        self, ref: Any, place: Place, refs: Any, ds: jax.Array, keys: slice, before: Any
+    ) -> None:
         if self.is_resident:
             # A product with ones both sums over queries and lays the keys along the lanes.
             ones = jnp.ones((8, ds.shape[1]), ds.dtype)
             ref[pl.ds(place.col, 1), keys] += dot(ones, ds, NT)[:1]
         else:
-            ref[keys, :] = ds
+            ref[keys, :] = ds if before is None else before[keys, :] + ds
 
     def finish(self, total: jax.Array, heads: int) -> kinds.Array:
         shape = self.bias.array.shape
         if not self.is_resident:
-            total = total.transpose(0, 1, 4, 2, 3)
+            return kinds.Array(total.transpose(0, 1, 4, 2, 3).reshape(shape))
         total = total.reshape(-1, heads, shape[2], shape[3])
         axes = tuple(i for i in (0, 1) if shape[i] == 1)
         return kinds.Array(total.sum(axes, keepdims=True))

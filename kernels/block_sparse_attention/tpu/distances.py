@@ -68,7 +68,9 @@ class OfDistance:
         spec = steps.spec((None, *shape[1:]), lambda at: (at.head, 0, 0))
         return jax.ShapeDtypeStruct(shape, jnp.float32), spec
 
-    def accumulate(self, ref: Any, place: Place, refs: Any, ds: jax.Array, keys: slice) -> None:
+    def accumulate(
+        self, ref: Any, place: Place, refs: Any, ds: jax.Array, keys: slice, before: Any
+    ) -> None:
         first = self.problem.block_kv - keys.stop
         lanes = slice(first, first + sum(ds.shape))
         ref[pl.ds(self._offset(place), 1), lanes] += gathered(ds)

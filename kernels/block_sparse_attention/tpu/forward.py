@@ -17,13 +17,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.bias import Lowered
+from kernels.block_sparse_attention.manual import struct
 from kernels.block_sparse_attention.problem import FIRST, LAST, Problem
-from kernels.block_sparse_attention.tpu.logits import LOWEST, Logits, split
+from kernels.block_sparse_attention.softmax import LOWEST
+from kernels.block_sparse_attention.tpu.logits import Logits, parts, split
 from kernels.block_sparse_attention.tpu.parts import mapped
-from kernels.block_sparse_attention.tpu.steps import NN, Steps, dot, struct
+from kernels.block_sparse_attention.tpu.steps import NN, Steps, dot
 
-# Keys of a block that are computed at once.
-CHUNK = 256
+# Keys of a block that are computed at once; and keys and queries of what is hidden, exponentiated
+# and summed at once in a masked block: a whole tile and its mask do not fit the vector registers.
+CHUNK, MASKED = 256, 128
 
 
 def forward(
@@ -89,15 +92,26 @@ def _kernel(logits: Logits, *refs: Any) -> None:
         sums[...] = jnp.zeros_like(sums)
 
     def block(masked: bool) -> None:
+        all_queries = slice(0, logits.problem.block_q)
         for keys in logits.chunks(CHUNK):
-            x, _ = logits.tile(q[...], k[keys, :], more, place, keys, masked)
-            before = peak[...]
-            now = jnp.maximum(before, x.max(0, keepdims=True))
-            p = jnp.exp2(x - now)
-            shrink = jnp.exp2(before - now)
-            total[...] = shrink * total[...] + p.sum(0, keepdims=True)
-            peak[...] = now
-            sums[...] = shrink * sums[...] + dot(v[:, keys], p.astype(v.dtype), NN)
+            x, _ = logits.tile(q[...], k[keys, :], more, place, keys)
+            if not masked:
+                add(x, keys, all_queries)
+                continue
+            for queries in parts(all_queries, MASKED):
+                for some in parts(keys, MASKED):
+                    part = x[some.start - keys.start : some.stop - keys.start, queries]
+                    add(logits.hidden(part, more, place, some, queries), some, queries)
+
+    def add(x: jax.Array, keys: slice, queries: slice) -> None:
+        before = peak[:, queries]
+        now = jnp.maximum(before, x.max(0, keepdims=True))
+        p = jnp.exp2(x - now)
+        shrink = jnp.exp2(before - now)
+        total[:, queries] = shrink * total[:, queries] + p.sum(0, keepdims=True)
+        peak[:, queries] = now
+        product = dot(v[:, keys], p.astype(v.dtype), NN)
+        sums[:, queries] = shrink * sums[:, queries] + product
 
     logits.steps.when_active(flags, block)
 

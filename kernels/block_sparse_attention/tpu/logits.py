@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 
 from kernels.bias import Lowered
 from kernels.block_sparse_attention.problem import Problem
+from kernels.block_sparse_attention.softmax import LOG2_E, LOWEST
 from kernels.block_sparse_attention.tpu import biases
 from kernels.block_sparse_attention.tpu.steps import (
     NT,
@@ -23,10 +23,9 @@ from kernels.block_sparse_attention.tpu.steps import (
     per_pair_of_blocks,
 )
 
-LOG2_E = math.log2(math.e)
-# Running maxima start at LOWEST, and what a mask hides lies as far again below: its exponential
-# is exactly 0, even in a row that sees nothing.
-LOWEST, HIDDEN = -1e30, -2e30
+# What a mask hides lies as far below the start of running maxima as that lies below 0: its
+# exponential is exactly 0, even in a row that sees nothing.
+HIDDEN = 2 * LOWEST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,40 +80,43 @@ class Logits:
         return found
 
     def tile(
-        self, q: jax.Array, k: jax.Array, refs: dict, place: Place, keys: slice, masked: bool
+        self, q: jax.Array, k: jax.Array, refs: dict, place: Place, keys: slice
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Logits times log2(e) of all queries and some keys of a block, float32.
+        """Logits times log2(e) of all queries and some keys of a block, float32, before the mask.
 
         Args:
           q, k: [bq, Dh], [keys, Dh].
           refs: of `operands`.
           place: of the block.
           keys: which of the block's keys.
-          masked: whether the mask may hide some.
 
         Returns:
           [keys, bq]; and, under a soft cap, what it multiplies the gradient by.
         """
         factor, cap = self._factor(self.problem), self.problem.soft_cap
         logits = self.bias.added(dot(k, q, NT) * (self.problem.scale * factor), refs["bias"], keys)
-        slope = None
-        if cap is not None:
-            tanh = jnp.tanh(logits)
-            logits, slope = tanh * (cap * LOG2_E), 1 - tanh * tanh
-        if masked:
-            logits = jnp.where(self._visible(refs, place, keys), logits, HIDDEN)
-        return logits, slope
+        if cap is None:
+            return logits, None
+        tanh = jnp.tanh(logits)
+        return tanh * (cap * LOG2_E), 1 - tanh * tanh
 
-    def _visible(self, refs: dict, place: Place, keys: slice) -> jax.Array:
-        bq, bk, size = self.problem.block_q, self.problem.block_kv, keys.stop - keys.start
-        q_slot = place.row * bq + jax.lax.broadcasted_iota(jnp.int32, (1, bq), 1)
-        kv_slot = jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
+    def hidden(
+        self, logits: jax.Array, refs: dict, place: Place, keys: slice, queries: slice
+    ) -> jax.Array:
+        """Logits [keys, queries] of some keys and some queries of a block, under the mask."""
+        return jnp.where(self._visible(refs, place, keys, queries), logits, HIDDEN)
+
+    def _visible(self, refs: dict, place: Place, keys: slice, queries: slice) -> jax.Array:
+        bq, bk = self.problem.block_q, self.problem.block_kv
+        shape = queries.stop - queries.start, keys.stop - keys.start
+        q_slot = jax.lax.broadcasted_iota(jnp.int32, (1, shape[0]), 1)
+        kv_slot = jax.lax.broadcasted_iota(jnp.int32, (shape[1], 1), 0)
         return self.problem.tile(
-            q_slot,
+            place.row * bq + queries.start + q_slot,
             place.col * bk + keys.start + kv_slot,
-            [ref[...] for ref in refs["query"]],
+            [ref[:, queries] for ref in refs["query"]],
             [column(ref[:, keys]) for ref in refs["key"]],
-            [ref[keys, :].astype(jnp.int32) for ref in refs["pair"]],
+            [ref[keys, queries].astype(jnp.int32) for ref in refs["pair"]],
             place.flags,
         )
 
@@ -122,7 +124,14 @@ class Logits:
         """The keys of a block in parts of up to `largest`."""
         bk = self.problem.block_kv
         size = next(n for n in range(min(largest, bk), 0, -1) if bk % n == 0)
-        return [slice(start, start + size) for start in range(0, bk, size)]
+        return parts(slice(0, bk), size)
+
+
+def parts(whole: slice, size: int) -> list[slice]:
+    """Parts of `size`; the whole where it is no multiple, for lanes are cut at multiples alone."""
+    if (whole.stop - whole.start) % size:
+        return [whole]
+    return [slice(start, start + size) for start in range(whole.start, whole.stop, size)]
 
 
 def split(operands: Any) -> tuple[Any, Any]:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels import bias as kinds
+from kernels.block_sparse_attention.manual import vary_like
 from kernels.block_sparse_attention.problem import Blocks, Problem
 from kernels.block_sparse_attention.tpu.steps import list_bytes
 
@@ -58,19 +59,13 @@ class Part:
     def take(self, x: jax.Array) -> jax.Array:
         return self._heads(self._row(jnp.asarray(x)), 1)
 
-    def problem(self, problem: Problem) -> Problem:
-        def blocks(x: Blocks) -> Blocks:
-            rows, cols, flags, offsets = map(self.take, (x.rows, x.cols, x.flags, x.offsets))
-            return Blocks(rows, cols, flags, offsets, is_static=False)
-
-        return dataclasses.replace(
-            problem,
-            by_row=blocks(problem.by_row),
-            by_col=blocks(problem.by_col),
-            query=tuple(map(self.take, problem.query)),
-            key=tuple(map(self.take, problem.key)),
-            pair=tuple(map(self.take, problem.pair)),
-        )
+    def added(self, total: jax.Array, part: jax.Array) -> jax.Array:
+        """`total` [B or 1, H or 1, ...] with `part` added where `take` would take it."""
+        rows, heads = total.shape[:2]
+        first = self.kv_head * (heads // self.kv_heads) if heads > 1 else 0
+        start = (self.row if rows > 1 else 0, first, *[0] * (total.ndim - 2))
+        before = jax.lax.dynamic_slice(total, start, part.shape)
+        return jax.lax.dynamic_update_slice(total, before + part, start)
 
     def bias(self, bias: kinds.Lowered) -> kinds.Lowered:
         match bias:
@@ -88,22 +83,50 @@ class Part:
         return None
 
 
+def taken(problem: Problem, take: Callable[[jax.Array], jax.Array]) -> Problem:
+    """A problem whose [Gb, Gh, ...] arrays `take` shortens. Lists that all share stay as they
+    are."""
+
+    def blocks(x: Blocks) -> Blocks:
+        if x.rows.shape[:2] == (1, 1):
+            return x
+        rows, cols, flags, offsets = map(take, (x.rows, x.cols, x.flags, x.offsets))
+        return Blocks(rows, cols, flags, offsets, is_static=False)
+
+    return dataclasses.replace(
+        problem,
+        by_row=blocks(problem.by_row),
+        by_col=blocks(problem.by_col),
+        query=tuple(map(take, problem.query)),
+        key=tuple(map(take, problem.key)),
+        pair=tuple(map(take, problem.pair)),
+    )
+
+
 def mapped(
-    function: Callable[..., Any], problem: Problem, bias: kinds.Lowered, *arrays: jax.Array
+    function: Callable[..., Any],
+    problem: Problem,
+    bias: kinds.Lowered,
+    *arrays: jax.Array,
+    with_bias_gradient: bool = False,
 ) -> Any:
     """function(problem, bias, *arrays), whole or by parts.
 
-    Its results are [B, H or N, ...] arrays, or gradients of the bias.
+    Its results are [B, H or N, ...] arrays, after the gradient of the bias where it gives one. That
+    of a written-out bias is added up part by part: it may be as large as Q * K.
     """
     (batch, heads), kv_heads = arrays[0].shape[:2], arrays[1].shape[1]
     size = heads_at_once(problem, kv_heads)
     if not size:
         return function(problem, bias, *arrays)
 
-    def one(index: jax.Array) -> Any:
+    def one(total: jax.Array | None, index: jax.Array) -> Any:
         row, part = index // (kv_heads // size), index % (kv_heads // size)
         at = Part(row, part * size, size, batch, heads, kv_heads)
-        return function(at.problem(problem), at.bias(bias), *map(at.take, arrays))
+        results = function(taken(problem, at.take), at.bias(bias), *map(at.take, arrays))
+        if total is None:
+            return None, results
+        return at.added(total, results[0].array), (None, *results[1:])
 
     def whole(x: Any) -> Any:
         match x:
@@ -114,13 +137,13 @@ def mapped(
                 table = x.table.reshape(batch, -1, *x.table.shape[1:]).sum(0)
                 table = jnp.moveaxis(table, 0, 1).reshape(x.table.shape[1], heads)
                 return dataclasses.replace(bias, table=table)
-            case kinds.Array():
-                total = x.array.reshape(batch, -1, *x.array.shape[3:])
-                axes = tuple(i for i in (0, 1) if bias.array.shape[i] == 1)
-                return kinds.Array(total.sum(axes, keepdims=True))
             case None:
                 return None
         return x.reshape(batch, -1, *x.shape[3:])
 
-    parts = jax.lax.map(one, jnp.arange(batch * (kv_heads // size)))
-    return tuple(map(whole, parts))
+    total = None
+    if with_bias_gradient and isinstance(bias, kinds.Array):
+        total = vary_like(jnp.zeros(bias.array.shape, jnp.float32), bias, arrays)
+    total, results = jax.lax.scan(one, total, jnp.arange(batch * (kv_heads // size)))
+    results = tuple(map(whole, results))
+    return results if total is None else (kinds.Array(total), *results[1:])

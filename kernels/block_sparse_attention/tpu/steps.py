@@ -16,7 +16,6 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.block_sparse_attention.manual import varying_axes
 from kernels.block_sparse_attention.problem import ACTIVE, PARTIAL, Blocks, Problem
 
 # An array that a kernel reads or writes, and its blocks.
@@ -190,12 +189,6 @@ def dot(a: jax.Array, b: jax.Array, dims: tuple) -> jax.Array:
 def column(row: jax.Array) -> jax.Array:
     """[1, n] turned to [n, 1]."""
     return jnp.expand_dims(row[0], -1)
-
-
-def struct(shape: Sequence[int], dtype: Any, *like: jax.Array) -> jax.ShapeDtypeStruct:
-    """An output that varies over the mesh axes that any of `like` varies over."""
-    kind = jax.sharding.ManualAxisType(varying=varying_axes(like))
-    return jax.ShapeDtypeStruct(tuple(shape), dtype, manual_axis_type=kind)
 
 
 def per_block(x: jax.Array, block: int) -> jax.Array:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels.bias import Lowered
+from kernels.block_sparse_attention import device
 from kernels.block_sparse_attention.problem import Problem
 from kernels.block_sparse_attention.triton.backward import gradients
 from kernels.block_sparse_attention.triton.bias_gradient import bias_gradient
@@ -34,6 +35,9 @@ def refusal(
 ) -> str | None:
     """Why this backend cannot serve, in a clause; None if it can."""
     del bias
+    found = device.capability()
+    if found is not None and not device.is_at_least(found, 8):
+        return f"a GPU of compute capability {found}; NVIDIA's from 8.0 (Ampere) on are served"
     if not q.dtype == k.dtype == v.dtype or q.dtype not in _DTYPES:
         return f"q, k, v of {q.dtype}, {k.dtype}, {v.dtype}; one of bfloat16, float16, float32"
     if q.shape[-1] > _LARGEST_HEAD_DIM:
@@ -68,6 +72,7 @@ def backward(
     d_out: jax.Array,
     *,
     interpret: bool,
+    with_bias_gradient: bool = True,
 ) -> tuple[Lowered, jax.Array, jax.Array, jax.Array]:
     """(d_bias, dq, dk, dv); see flash.Backend."""
     del out  # in delta
@@ -76,8 +81,10 @@ def backward(
     arrays = q, k, v, lse, delta, d_out
     pair = sizes.columns.fit(problem), sizes.rows.fit(problem)
     d_arrays = gradients(problem, bias, *arrays, pair, interpret=interpret)
-    square = sizes.bias.fit_square(problem)
-    d_bias = bias_gradient(problem, bias, *arrays, square, interpret=interpret)
+    d_bias = None
+    if with_bias_gradient:
+        square = sizes.bias.fit_square(problem)
+        d_bias = bias_gradient(problem, bias, *arrays, square, interpret=interpret)
     return d_bias, *(x[..., :head_dim] for x in d_arrays)
 
 

@@ -11,12 +11,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels.bias import Lowered
+from kernels.block_sparse_attention.manual import struct
 from kernels.block_sparse_attention.problem import Problem
+from kernels.block_sparse_attention.softmax import LOG2_E
 from kernels.block_sparse_attention.triton.biases import KernelBias, for_kernel
 from kernels.block_sparse_attention.triton.lists import Lines, lines
 from kernels.block_sparse_attention.triton.softmax import weights_and_gradient
 from kernels.block_sparse_attention.triton.tiles import (
-    LOG2_E,
     Tile,
     Tiling,
     dot,
@@ -53,7 +54,7 @@ def gradients(
     d_k, d_v = pl.pallas_call(
         functools.partial(_columns, problem=problem, tiling=for_columns, interpret=interpret),
         grid=(kv_heads, batch, kv_len // for_columns.kv),
-        out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype)] * 2,
+        out_shape=[struct(k.shape, k.dtype, arrays)] * 2,
         compiler_params=for_columns.params,
         interpret=interpret,
         name="block_sparse_attention_dkv",
@@ -66,7 +67,7 @@ def gradients(
     d_q = pl.pallas_call(
         functools.partial(_rows, problem=problem, tiling=for_rows, interpret=interpret),
         grid=(heads, batch, q_len // for_rows.q),
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_shape=struct(q.shape, q.dtype, arrays),
         compiler_params=for_rows.params,
         interpret=interpret,
         name="block_sparse_attention_dq",

@@ -15,17 +15,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels.bias import Array, Buckets, Lowered
+from kernels.block_sparse_attention.order import group_of
 from kernels.block_sparse_attention.problem import ACTIVE, Problem
+from kernels.block_sparse_attention.softmax import LOG2_E
 from kernels.block_sparse_attention.triton.biases import buckets, for_kernel
 from kernels.block_sparse_attention.triton.diagonals import of_distances
 from kernels.block_sparse_attention.triton.lists import Lines, lines
 from kernels.block_sparse_attention.triton.recompute import Inputs, Launch
 from kernels.block_sparse_attention.triton.tiles import (
-    LOG2_E,
     Tile,
     Tiling,
     divide,
-    group_of,
     line_of,
     over_line,
 )

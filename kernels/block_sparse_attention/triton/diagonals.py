@@ -16,9 +16,10 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
+from kernels.block_sparse_attention.order import group_of
 from kernels.block_sparse_attention.problem import ACTIVE, PARTIAL, Problem
 from kernels.block_sparse_attention.triton.recompute import Inputs, Launch
-from kernels.block_sparse_attention.triton.tiles import Tile, group_of
+from kernels.block_sparse_attention.triton.tiles import Tile
 
 PARTS = 4  # a tile's diagonals are summed in two levels: PARTS x PARTS squares, then their elements
 SHORTEST = 32  # a diagonal is not cut in pieces of fewer tiles

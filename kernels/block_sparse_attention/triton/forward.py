@@ -12,7 +12,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels.bias import Lowered
+from kernels.block_sparse_attention.manual import struct
 from kernels.block_sparse_attention.problem import Problem
+from kernels.block_sparse_attention.softmax import LOWEST
 from kernels.block_sparse_attention.triton.biases import KernelBias, for_kernel
 from kernels.block_sparse_attention.triton.lists import Lines, lines
 from kernels.block_sparse_attention.triton.softmax import logits
@@ -25,9 +27,6 @@ from kernels.block_sparse_attention.triton.tiles import (
     over_line,
     visible,
 )
-
-# Below any logit and finite, so that a row that has seen nothing yet gives exp2(-inf - this) = 0.
-LOWEST = -1e30
 
 
 def outputs(
@@ -48,8 +47,8 @@ def outputs(
         kernel,
         grid=(heads, batch, q_len // tiling.q),
         out_shape=(
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((batch, heads, q_len), jnp.float32),
+            struct(q.shape, q.dtype, q, k, v),
+            struct((batch, heads, q_len), jnp.float32, q, k, v),
         ),
         compiler_params=tiling.params,
         interpret=interpret,

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.block_sparse_attention.order import longest_first
 from kernels.block_sparse_attention.problem import ACTIVE, PARTIAL, Problem
 
 Array = np.ndarray | jax.Array
@@ -68,9 +69,8 @@ def lines(problem: Problem, *, by_row: bool, heads: int = 1) -> Lines:
     if heads > 1 and length.shape[1] > 1:
         groups = length.reshape(length.shape[0], -1, heads, length.shape[-1])
         length = xp.broadcast_to(groups.sum(2, keepdims=True), groups.shape).reshape(length.shape)
-    longest_first = xp.argsort(-length, axis=-1, stable=True)
     return Lines(
-        plan=xp.take_along_axis(plan, longest_first[..., None], -2).astype(np.int32),
+        plan=xp.take_along_axis(plan, longest_first(length)[..., None], -2).astype(np.int32),
         other=xp.take_along_axis(other, order, -1),
         flags=xp.take_along_axis(blocks.flags, order, -1),
         has_full=bool((kind == 0).any()) if xp is np else True,

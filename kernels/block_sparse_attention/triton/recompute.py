@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from kernels.block_sparse_attention.manual import struct
 from kernels.block_sparse_attention.problem import Problem
 from kernels.block_sparse_attention.triton.biases import KernelBias
 from kernels.block_sparse_attention.triton.softmax import weights_and_gradient
@@ -50,7 +51,7 @@ class Launch:
         return pl.pallas_call(
             functools.partial(kernel, launch=self),
             grid=grid,
-            out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
+            out_shape=struct(shape, jnp.float32, args),
             compiler_params=self.tiling.params,
             interpret=self.interpret,
             name="block_sparse_attention_bias" + kernel.__name__,

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from kernels.block_sparse_attention.problem import Problem
+from kernels.block_sparse_attention.softmax import LOG2_E, scale_is_fused, tanh
 from kernels.block_sparse_attention.triton.biases import KernelBias, bias_values
-from kernels.block_sparse_attention.triton.tiles import LOG2_E, Tile, exp2_of, visible
+from kernels.block_sparse_attention.triton.tiles import Tile, exp2_of, visible
 
 
 def logits(
@@ -21,15 +22,15 @@ def logits(
     the scale costs nothing, for it is part of the multiply-add before exp2. slope is the
     derivative of the logits by those before the cap; None stands for 1.
     """
-    if bias is None and problem.soft_cap is None and problem.scale > 0:
+    if scale_is_fused(problem.scale, problem.soft_cap, bias is not None):
         return products, problem.scale * LOG2_E, None
     x = products * problem.scale
     if bias is not None:
         x += bias_values(bias, tile)
     if problem.soft_cap is None:
         return x, LOG2_E, None
-    tanh = 1.0 - 2.0 / (1.0 + jnp.exp2(x * (2.0 * LOG2_E / problem.soft_cap)))
-    return tanh * problem.soft_cap, LOG2_E, 1.0 - tanh * tanh
+    share = tanh(x, 1 / problem.soft_cap)
+    return share * problem.soft_cap, LOG2_E, 1.0 - share * share
 
 
 def weights_and_gradient(

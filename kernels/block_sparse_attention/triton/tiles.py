@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +13,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from kernels.block_sparse_attention.order import group_of
 from kernels.block_sparse_attention.problem import Problem
 from kernels.block_sparse_attention.triton.lists import END, FULL, LINE, MASKED, Lines
 
-LOG2_E = math.log2(math.e)
 SMALLEST = 16  # rows and columns of Triton's smallest product
 
 
@@ -201,11 +200,6 @@ def over_line(
 def divide(x: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
     """Quotient and remainder of int32 x >= 0."""
     return lax.div(x, jnp.int32(by)), lax.rem(x, jnp.int32(by))
-
-
-def group_of(ref: Any, batch: Any, head: Any) -> tuple[Any, Any]:
-    """The leading indices into [B or 1, H or 1, ..]."""
-    return batch if ref.shape[0] > 1 else 0, head if ref.shape[1] > 1 else 0
 
 
 def visible(problem: Problem, operands: Any, tile: Tile, flags: jax.Array) -> jax.Array:

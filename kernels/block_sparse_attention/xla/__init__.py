@@ -86,7 +86,9 @@ def backward(
     d_out: jax.Array,
     *,
     interpret: bool = False,
+    with_bias_gradient: bool = True,
 ) -> tuple[Lowered, jax.Array, jax.Array, jax.Array]:
     """See flash.Backend."""
     del out, interpret
-    return backward_.backward(problem, bias, q, k, v, lse, delta, d_out)
+    arrays = q, k, v, lse, delta, d_out
+    return backward_.backward(problem, bias, *arrays, with_bias_gradient=with_bias_gradient)

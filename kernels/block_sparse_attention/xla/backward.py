@@ -31,6 +31,8 @@ def backward(
     lse: jax.Array,
     delta: jax.Array,
     d_out: jax.Array,
+    *,
+    with_bias_gradient: bool,
 ) -> tuple[Lowered, jax.Array, jax.Array, jax.Array]:
     """See flash.Backend."""
     scale = problem.scale
@@ -56,19 +58,20 @@ def backward(
                 walk.add_keys(dv, strip, more[2]),
             )
 
-        part = open_gradient(walk, bias_here, d_bias)
+        part = open_gradient(bias_here, d_bias)
         part, *gradients = walk.strips(head, step, (part, *gradients))
-        return close_gradient(walk, bias_here, d_bias, part, head), *gradients
+        return close_gradient(bias_here, d_bias, part, head), *gradients
 
     # Of dk and dv the slots come last: so the larger factor of their products is not transposed,
     # which takes XLA's CPU products 1.8 times as long.
     kv_shape = *k.shape[:2], k.shape[3], k.shape[2]
     shapes = q.shape, kv_shape, kv_shape
-    start = no_gradient(walk, bias), *(jnp.zeros(shape, jnp.float32) for shape in shapes)
+    d_values = no_gradient(bias) if with_bias_gradient else None
+    start = d_values, *(jnp.zeros(shape, jnp.float32) for shape in shapes)
     state = walk.heads_in_turn(of_heads, jax.tree.map(lambda x: x + zero, start))
     d_values, dq, dk, dv = state
     d_bias = None
-    if bias is not None:
+    if d_values is not None:
         leaves, tree = jax.tree.flatten(bias)
         d_bias = jax.tree.unflatten(tree, [d_values, *leaves[1:]])
     # Queries that were scaled beforehand have scaled dk already.

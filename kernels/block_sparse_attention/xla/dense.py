@@ -8,10 +8,12 @@ import numpy as np
 
 from kernels.bias import Array, Buckets, Distances, Lowered
 from kernels.block_sparse_attention.problem import ACTIVE, PARTIAL, Problem
+from kernels.block_sparse_attention.softmax import LOWEST
 from kernels.block_sparse_attention.xla.windows import tile
 
-# Below any real logit, and far enough from the float32 limit that sums stay finite.
-_HIDDEN = -1e30
+# No peak is lower: the weight exp(logit - peak) of what is hidden, by the mask or by its own logit,
+# is then exactly 0 even in a row that sees nothing.
+_LOWEST_PEAK = LOWEST / 2
 
 
 def attention(
@@ -60,11 +62,9 @@ def _softmax(logits: jax.Array, visible: jax.Array | None) -> tuple[jax.Array, j
     The peak carries no gradient: the softmax does not depend on it.
     """
     if visible is not None:
-        logits = jnp.where(visible, logits, _HIDDEN)
-    peak = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+        logits = jnp.where(visible, logits, LOWEST)
+    peak = jax.lax.stop_gradient(logits.max(-1, keepdims=True, initial=_LOWEST_PEAK))
     weights = jnp.exp(logits - peak)
-    if visible is not None:
-        weights = jnp.where(visible, weights, 0.0)
     total = weights.sum(-1, keepdims=True)
     sees = total > 0
     total = jnp.where(sees, total, 1.0)

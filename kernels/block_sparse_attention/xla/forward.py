@@ -7,12 +7,14 @@ import jax.numpy as jnp
 
 from kernels.bias import Lowered
 from kernels.block_sparse_attention.problem import Problem
+from kernels.block_sparse_attention.softmax import LOWEST
 from kernels.block_sparse_attention.xla.logits import Ready, logits, ready, scaled
 from kernels.block_sparse_attention.xla.strips import Strip, Walk
 from kernels.block_sparse_attention.xla.windows import zero_of
 
-# The peak before any key is seen: finite, so that a hidden logit's weight exp(-inf - peak) is 0.
-_NO_PEAK = -1e30
+# The peak before any key is seen: finite and above all that is hidden, by the mask or by its own
+# logit, so that the weight exp(logit - peak) of that is exactly 0.
+_NO_PEAK = LOWEST / 2
 
 # out [B, H, Q, Dh] and lse [B, H, Q]; then, float32 and of the current row of blocks, its sum of
 # weighted values [b, h, block_q, Dh], peak and sum of weights [b, h, block_q].

@@ -11,7 +11,7 @@ import numpy as np
 from kernels.bias import Array, Buckets, Distances, Lowered
 from kernels.block_sparse_attention.problem import Problem
 from kernels.block_sparse_attention.xla.strips import Strip, Walk
-from kernels.block_sparse_attention.xla.windows import added, joined, window
+from kernels.block_sparse_attention.xla.windows import added, joined, start_of, window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Spread:
         repeated = jnp.pad(shifted.reshape(heads, -1), ((0, 0), (0, rows)))
         repeated = repeated.reshape(heads, rows, period)
         # A product: XLA's CPU reduction over an axis other than the last strides through memory.
-        total = jnp.einsum("r,hrp->hp", jnp.ones(rows), repeated, precision="highest")
+        total = jnp.einsum("r,hrp->hp", jnp.ones(rows, jnp.float32), repeated, precision="highest")
         return jnp.roll(total, rows, 1)
 
 
@@ -114,30 +114,30 @@ def _index(walk: Walk, bias: Buckets, strip: Strip) -> jax.Array:
     return bias.index(joined(parts, 1)[:, None, :] - q[:, :, None])
 
 
-def no_gradient(walk: Walk, bias: Lowered) -> jax.Array | None:
+def no_gradient(bias: Lowered) -> jax.Array | None:
     """float32 zeros like the bias's differentiable leaf."""
     return None if bias is None else jnp.zeros(jax.tree.leaves(bias)[0].shape, jnp.float32)
 
 
-def open_gradient(walk: Walk, bias: Ready, total: jax.Array | None) -> jax.Array | None:
-    """What the gradient of these heads' bias is gathered in."""
-    return jnp.zeros_like(bias.array) if isinstance(bias, Spread) else total
+def open_gradient(bias: Ready, total: jax.Array | None) -> jax.Array | None:
+    """What the gradient of these heads' bias is gathered in; None if it is not asked for."""
+    return jnp.zeros_like(bias.array) if isinstance(bias, Spread) and total is not None else total
 
 
 def close_gradient(
-    walk: Walk, bias: Ready, total: jax.Array | None, part: jax.Array | None, head: jax.Array
+    bias: Ready, total: jax.Array | None, part: jax.Array | None, head: jax.Array
 ) -> jax.Array | None:
     """The gradient of the whole bias after these heads."""
-    if not isinstance(bias, Spread):
+    if part is None or not isinstance(bias, Spread):
         return part
-    return jax.lax.dynamic_update_slice(total, Spread(part).d_values(), (head, 0))
+    return jax.lax.dynamic_update_slice(total, Spread(part).d_values(), start_of(total, (head,)))
 
 
 def add_gradient(
     walk: Walk, bias: Ready, strip: Strip, part: jax.Array | None, d_logits: jax.Array
 ) -> jax.Array | None:
     """part plus the gradient d_logits, float32 [b, h, block_q, w], of this strip's bias."""
-    if bias is None:
+    if part is None:
         return None
     if isinstance(bias, Array):
         return walk.add_pairs(part, strip, d_logits)

@@ -243,7 +243,9 @@ def _at(x: jax.Array, index: jax.Array) -> jax.Array:
 def _in_turn(total: int, step: int, body: Callable[[Any, Any], Any], state: Any) -> Any:
     if total == step:
         return body(jnp.int32(0), state)
-    return jax.lax.fori_loop(0, total // step, lambda i, state: body(i * step, state), state)
+    return jax.lax.fori_loop(
+        np.int32(0), np.int32(total // step), lambda i, state: body(i * step, state), state
+    )
 
 
 def _divisor(total: int, limit: int, group: int) -> int:

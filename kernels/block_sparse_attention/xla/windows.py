@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernels.block_sparse_attention.problem import Problem
 
@@ -52,6 +53,8 @@ def zero_of(*trees: Any) -> jax.Array:
     return zero
 
 
-def start_of(x: jax.Array, start: tuple[jax.Array, ...]) -> list[jax.Array | int]:
+def start_of(x: jax.Array, start: tuple[jax.Array | int, ...]) -> list[jax.Array | np.int32]:
+    """int32 all, as slices want it where Python's integers would be of 64 bits."""
     start = [0 if n == 1 else s for n, s in zip(x.shape, start, strict=False)]
-    return [*start, *[0] * (x.ndim - len(start))]
+    start = [*start, *[0] * (x.ndim - len(start))]
+    return [np.int32(s) if isinstance(s, int) else s for s in start]
