@@ -6,6 +6,7 @@ import importlib
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 from kernels.bias import RelativeBias
 from kernels.block_sparse_attention import flash, reference, xla
@@ -61,7 +62,8 @@ def attention(
       backend: "tpu" and "gpu" (Pallas kernels; interpreted, so slow, where there is no such
         device), "xla" (any device) or "reference" (the definition, a whole float32 product).
         None chooses the best that can serve on the devices at hand: those of the mesh in force,
-        or JAX's default; short rows and decoding steps are left to XLA everywhere.
+        or JAX's default; short rows and decoding steps are left to XLA everywhere, and so is a
+        mesh of several devices outside jax.shard_map.
       block_sizes: slots of a block of queries and of keys; None lets the backend choose. Where
         masks are made of blocks, it is the largest size up to this that divides theirs.
 
@@ -103,10 +105,15 @@ def platform() -> str:
 
 def _by_blocks(backend, q, k, v, mask: Mask, settings) -> tuple[jax.Array, jax.Array]:
     """The named backend, or the first of those for this platform that can serve."""
-    here = platform()
-    fast = [here] if here in ("tpu", "gpu") and not xla.is_one_block(q.shape[1], k.shape[1]) else []
-    names = [backend] if backend else [*fast, "xla"]
-    for name in names:
+    here, apart = platform(), _is_left_to_the_compiler()
+    is_short = xla.is_one_block(q.shape[1], k.shape[1])
+    fast = [here] if here in ("tpu", "gpu") and not is_short and not apart else []
+    if apart and backend == here:
+        raise ValueError(
+            f"attention backend {backend!r} cannot serve this call: {apart}; no compiler "
+            "partitions a kernel: call attention inside jax.shard_map"
+        )
+    for name in [backend] if backend else [*fast, "xla"]:
         module = importlib.import_module(_MODULES[name])
         prepared = flash.prepare(module, q, k, v, mask, **settings)
         call = (prepared.problem, prepared.bias, prepared.q, prepared.k, prepared.v)
@@ -116,6 +123,14 @@ def _by_blocks(backend, q, k, v, mask: Mask, settings) -> tuple[jax.Array, jax.A
         if backend:
             raise ValueError(f"attention backend {name!r} cannot serve this call: {reason}")
     raise AssertionError("the xla backend serves every call")
+
+
+def _is_left_to_the_compiler() -> str | None:
+    """What of the mesh in force the compiler is to split arrays over, in a clause."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    axes = [name for name, size, kind in kinds if size > 1 and kind == AxisType.Auto]
+    return f"the mesh's axes {axes} are automatic" if axes else None
 
 
 def _scaled(q: jax.Array, scale: float | jax.Array | None) -> tuple[jax.Array, float]:

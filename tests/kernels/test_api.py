@@ -259,6 +259,15 @@ def test_short_rows_are_left_to_xla(monkeypatch):
     assert picked(monkeypatch, "tpu", None, set(), is_long=False)[0] == "xla"
 
 
+def test_a_mesh_outside_shard_map_is_left_to_xla(monkeypatch):
+    """No compiler partitions a kernel."""
+    mesh = jax.sharding.AbstractMesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert picked(monkeypatch, "tpu", None, set())[0] == "xla"
+        with pytest.raises(ValueError, match="axes .'data'. are automatic.*jax.shard_map"):
+            picked(monkeypatch, "tpu", "tpu", set())
+
+
 def test_a_named_backend_serves_or_says_why_not(monkeypatch):
     with pytest.raises(ValueError, match="'tpu' cannot serve this call: it is tired"):
         picked(monkeypatch, "tpu", "tpu", {"tpu"})
