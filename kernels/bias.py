@@ -108,17 +108,23 @@ class RelativeBias:
     def _between_slots(self, q_len: int, kv_len: int) -> jax.Array:
         """[H, Q, K] whose entry (i, j) is the value of distance j - i.
 
-        A sequence w of period n = Q + K, with w[d mod n] the value of distance d, repeated Q
-        times and cut into rows of n - 1 shifts by one a row: row i holds w[(j - i) mod n].
-        Reshapes alone, so the gradient is a sum and no scatter over Q * K.
+        A sequence w of period n = Q + K has the value of distance d at w[d mod n].
         """
         period = q_len + kv_len
         distance = (jnp.arange(period) + q_len) % period - q_len  # 0..K-1, then -Q..-1
         values = jnp.asarray(self.table)[self.buckets(distance)].T  # [H, Q + K]
-        heads = values.shape[0]
-        rows = jnp.broadcast_to(values[:, None], (heads, q_len, period)).reshape(heads, -1)
-        rows = rows[:, : q_len * (period - 1)].reshape(heads, q_len, period - 1)
-        return rows[:, :, :kv_len]
+        return shifted_rows(values, q_len)[:, :, :kv_len]
+
+
+def shifted_rows(values: jax.Array, rows: int) -> jax.Array:
+    """[H, n] -> [H, rows, n - 1] whose entry (i, x) is values[(x - i) mod n].
+
+    A sequence of period n, repeated and cut into rows of n - 1, shifts by one a row. Reshapes
+    alone, so the gradient is a sum and no scatter.
+    """
+    heads, period = values.shape
+    repeated = jnp.broadcast_to(values[:, None], (heads, rows, period)).reshape(heads, -1)
+    return repeated[:, : rows * (period - 1)].reshape(heads, rows, period - 1)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=[])

@@ -178,12 +178,12 @@ def _compact(
     active, full, bits = (xp.broadcast_to(x, (*lead, size)) for x in (truth.any, truth.all, bits))
 
     starts = np.searchsorted(line, np.arange(num_lines + 1))
-    before = _running_count(xp, active)
+    before = running_count(xp, active)
     in_line = before[..., starts[1:]] - before[..., starts[:-1]]
     is_first = np.zeros(size, bool)
     is_first[starts[:-1]] = True
     keep = active | (is_first & (in_line == 0)[..., line])
-    offsets = _running_count(xp, xp.maximum(in_line, 1))
+    offsets = running_count(xp, xp.maximum(in_line, 1))
 
     total = offsets[..., -1:]
     slots = int(total.max()) if is_static else capacity
@@ -200,7 +200,7 @@ def _compact(
     return Blocks(*(x.astype(np.int32) for x in entries), is_static=is_static)
 
 
-def _running_count(xp: ModuleType, values: Array) -> Array:
+def running_count(xp: ModuleType, values: Array) -> Array:
     """int32 [.., n + 1]: the sums of the first 0, 1, .. n values."""
     total = xp.cumsum(values, -1, dtype=np.int32)
     return xp.concatenate([xp.zeros_like(total[..., :1]), total], -1)

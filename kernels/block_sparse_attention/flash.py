@@ -21,6 +21,7 @@ from kernels.block_sparse_attention.blocks import Grid, lists
 from kernels.block_sparse_attention.manual import varying_alike
 from kernels.block_sparse_attention.problem import Problem
 from kernels.masks import Builder, Expr, Mask
+from kernels.masks.base import Atom
 
 # Log-sum-exp of a row that sees nothing, in the gradient: exp(logit - this) is 0, not NaN.
 NOTHING_SEEN = 1e30
@@ -124,8 +125,7 @@ class _PerSlot(Builder):
     rows are, stays one whatever its pattern's blocks."""
 
     def blocks(self, pattern: np.ndarray | jax.Array, block_q: int, block_kv: int) -> Expr:
-        rows, cols = np.arange(self.q_len) // block_q, np.arange(self.kv_len) // block_kv
-        return self.pair(pattern[..., rows[:, None], cols[None, :]])
+        return self.pair(Atom(pattern, block_q, block_kv).per_slot(self.q_len, self.kv_len))
 
 
 def _within(patterns: list[int], size: int) -> int:

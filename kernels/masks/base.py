@@ -42,6 +42,11 @@ class Atom:
     block_q: int
     block_kv: int
 
+    def per_slot(self, q_len: int, kv_len: int) -> Array:
+        """The flag of each pair of slots: bool [B or 1, H or 1, Q, K]."""
+        rows, cols = np.arange(q_len) // self.block_q, np.arange(kv_len) // self.block_kv
+        return self.pattern[..., rows[:, None], cols[None, :]]
+
 
 class Builder:
     """Collects the operands of an expression while masks write it down.
@@ -109,9 +114,7 @@ class Mask:
                 return build.keys[index][..., None, :]
             if op == "pair":
                 return build.pairs[index]
-            atom = build.atoms[index]
-            rows, cols = np.arange(q_len) // atom.block_q, np.arange(kv_len) // atom.block_kv
-            return atom.pattern[..., rows[:, None], cols[None, :]].astype(np.int32)
+            return build.atoms[index].per_slot(q_len, kv_len).astype(np.int32)
 
         visible = jnp.asarray(evaluate(expr, leaf))
         lead = (1, 1) if visible.ndim < 4 else visible.shape[:2]

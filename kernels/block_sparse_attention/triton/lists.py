@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.block_sparse_attention.blocks import running_count
 from kernels.block_sparse_attention.order import longest_first
 from kernels.block_sparse_attention.problem import ACTIVE, PARTIAL, Problem
 
@@ -61,7 +62,7 @@ def lines(problem: Problem, *, by_row: bool, heads: int = 1) -> Lines:
     begin, end = blocks.offsets[..., :-1], blocks.offsets[..., 1:]
     full, partial = (
         xp.take_along_axis(count, end, -1) - xp.take_along_axis(count, begin, -1)
-        for count in (_running(xp, kind == 0), _running(xp, kind == 1))
+        for count in (running_count(xp, kind == 0), running_count(xp, kind == 1))
     )
     number = xp.broadcast_to(xp.arange(begin.shape[-1], dtype=np.int32), begin.shape)
     plan = xp.stack([number, begin, begin + full, begin + full + partial], -1)
@@ -76,9 +77,3 @@ def lines(problem: Problem, *, by_row: bool, heads: int = 1) -> Lines:
         has_full=bool((kind == 0).any()) if xp is np else True,
         has_partial=bool((kind == 1).any()) if xp is np else True,
     )
-
-
-def _running(xp, values: Array) -> Array:
-    """int32 [.., n + 1]: how many of the first 0, 1, .. n values are true."""
-    total = xp.cumsum(values, -1, dtype=np.int32)
-    return xp.concatenate([xp.zeros_like(total[..., :1]), total], -1)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.bias import Array, Buckets, Distances, Lowered
+from kernels.bias import Array, Buckets, Distances, Lowered, shifted_rows
 from kernels.block_sparse_attention.problem import ACTIVE, PARTIAL, Problem
 from kernels.block_sparse_attention.softmax import LOWEST
 from kernels.block_sparse_attention.xla.windows import tile
@@ -89,13 +89,8 @@ def _written_out(bias: Distances | Buckets | Array, q_len: int) -> jax.Array:
     if isinstance(bias, Buckets):
         distance = bias.kv_positions[:, None, :] - bias.q_positions[:, :, None]
         return jnp.moveaxis(bias.table[bias.index(distance)], -1, 1)
-    heads, period = bias.values.shape
-    # Rows of a sequence of period n, repeated and cut into rows of n - 1, shift by one a row.
-    # Reshapes alone, so the gradient is a sum and no scatter over Q * K.
     values = jnp.roll(bias.values, -q_len, 1)
-    rows = jnp.broadcast_to(values[:, None], (heads, q_len, period)).reshape(heads, -1)
-    rows = rows[:, : q_len * (period - 1)].reshape(1, heads, q_len, period - 1)
-    return rows[..., : period - q_len]
+    return shifted_rows(values, q_len)[None, ..., : values.shape[1] - q_len]
 
 
 @jax.custom_vjp

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.bias import Array, Buckets, Distances, Lowered
+from kernels.bias import Array, Buckets, Distances, Lowered, shifted_rows
 from kernels.block_sparse_attention.problem import Problem
 from kernels.block_sparse_attention.xla.strips import Strip, Walk
 from kernels.block_sparse_attention.xla.windows import added, joined, start_of, window
@@ -28,15 +28,10 @@ class Spread:
 
     @staticmethod
     def of(walk: Walk, bias: Distances, head: jax.Array) -> Spread:
-        """Rows of a sequence of period n, repeated and cut into rows of n - 1, shift by one a
-        row."""
         values = window(bias.values, (head,), (walk.heads,)).astype(jnp.float32)
         rows, period = walk.problem.block_q, values.shape[1]
-        values = jnp.roll(values, -rows, 1)
-        repeated = jnp.broadcast_to(values[:, None], (walk.heads, rows, period))
-        repeated = repeated.reshape(walk.heads, -1)[:, : rows * (period - 1)]
-        shifted = repeated.reshape(1, walk.heads, rows, period - 1)
-        return Spread(shifted[..., : period - rows])
+        shifted = shifted_rows(jnp.roll(values, -rows, 1), rows)
+        return Spread(shifted[None, ..., : period - rows])
 
     def d_values(self) -> jax.Array:
         """float32 [h, Q + K], where self holds a gradient: its sums over each distance."""
