@@ -61,7 +61,7 @@ def relative_position_bucket(
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["table", "q_positions", "kv_positions"],
+    data_fields=["table", "q_positions", "kv_positions", "q_start"],
     meta_fields=["bidirectional", "max_distance"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +79,8 @@ class RelativeBias:
       kv_positions: int [B or 1, K], or None.
       bidirectional: see `relative_position_bucket`.
       max_distance: see `relative_position_bucket`.
+      q_start: int32 scalar, the slot of the first query where the queries are a part of a row;
+        None: 0. It costs nothing, whether known on the host or not.
     """
 
     table: jax.Array
@@ -86,6 +88,7 @@ class RelativeBias:
     kv_positions: jax.Array | None = None
     bidirectional: bool = True
     max_distance: int = 128
+    q_start: jax.Array | None = None
 
     def buckets(self, distance: jax.Array) -> jax.Array:
         """Rows of the table for key-minus-query distances of any shape."""
@@ -100,19 +103,27 @@ class RelativeBias:
         """The bias as an array of the table's dtype, [1, H, Q, K] or [B, H, Q, K]."""
         if self.q_positions is None and self.kv_positions is None:
             return self._between_slots(q_len, kv_len)[None]
-        q = jnp.arange(q_len)[None] if self.q_positions is None else self.q_positions
+        q = self.slots(q_len)[None] if self.q_positions is None else self.q_positions
         kv = jnp.arange(kv_len)[None] if self.kv_positions is None else self.kv_positions
         bucket = self.buckets(kv[:, None, :] - q[:, :, None])  # [B or 1, Q, K]
         return jnp.moveaxis(jnp.asarray(self.table)[bucket], -1, 1)
 
+    def slots(self, q_len: int) -> jax.Array:
+        """int32 [Q], of the queries."""
+        return jnp.arange(q_len, dtype=jnp.int32) + self.first_slot
+
+    @property
+    def first_slot(self) -> jax.Array | int:
+        return 0 if self.q_start is None else self.q_start
+
     def _between_slots(self, q_len: int, kv_len: int) -> jax.Array:
-        """[H, Q, K] whose entry (i, j) is the value of distance j - i.
+        """[H, Q, K] whose entry (i, j) is the value of the distance of slots i and j.
 
         A sequence w of period n = Q + K has the value of distance d at w[d mod n].
         """
         period = q_len + kv_len
         distance = (jnp.arange(period) + q_len) % period - q_len  # 0..K-1, then -Q..-1
-        values = jnp.asarray(self.table)[self.buckets(distance)].T  # [H, Q + K]
+        values = jnp.asarray(self.table)[self.buckets(distance - self.first_slot)].T  # [H, Q + K]
         return shifted_rows(values, q_len)[:, :, :kv_len]
 
 
@@ -133,7 +144,8 @@ class Distances:
     """A bias that depends on the distance of slots.
 
     Attributes:
-      values: [H, Q + K]: values[h, d + Q] is added where key slot - query slot = d.
+      values: [H, Q + K]: values[h, d + Q] is added where the key stands d further in its array
+        than the query in its own.
     """
 
     values: jax.Array
@@ -195,10 +207,12 @@ def lowered(
     if isinstance(bias, RelativeBias):
         table = jnp.asarray(bias.table)
         if bias.q_positions is None and bias.kv_positions is None:
-            return Distances(table[bias.buckets(jnp.arange(-padded[0], padded[1]))].T)
+            distance = jnp.arange(-padded[0], padded[1]) - bias.first_slot
+            return Distances(table[bias.buckets(distance)].T)
+        slots = bias.slots(lengths[0]), jnp.arange(lengths[1])
         positions = [
-            jnp.pad(jnp.arange(n)[None] if p is None else p, ((0, 0), (0, m))).astype(jnp.int32)
-            for p, n, m in zip((bias.q_positions, bias.kv_positions), lengths, more, strict=True)
+            jnp.pad(n[None] if p is None else p, ((0, 0), (0, m))).astype(jnp.int32)
+            for p, n, m in zip((bias.q_positions, bias.kv_positions), slots, more, strict=True)
         ]
         return Buckets(table, *positions, bias.bidirectional, _thresholds(bias))
     widths = [(0, 0), (0, 0), (0, more[0] if bias.shape[2] > 1 else 0), (0, more[1])]

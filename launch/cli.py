@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
 from t5like.errors import UserError
+from t5like.training import distributed
 
 FLAGS = flags.FLAGS
 
@@ -20,6 +23,15 @@ flags.DEFINE_multi_string(
 )
 flags.DEFINE_string("workdir", None, "Directory of the run (any path that etils.epath reads).")
 flags.DEFINE_integer("seed", None, "Overrides train.seed.")
+flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0, where a run has several processes and they are "
+    "not detected (see docs/processes.md)."
+)
+flags.DEFINE_integer("num_processes", None, "How many processes the run has; 1: only this one.")
+flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+flags.DEFINE_integer(
+    "coordinator_timeout", distributed.JOIN_SECONDS, "Seconds that all processes have to come."
+)
 
 
 def rewrite_gin_arguments(argv: Sequence[str]) -> list[str]:
@@ -43,6 +55,16 @@ def bindings() -> list[str]:
     return list(FLAGS.gin_bindings) + extra
 
 
+def join_processes() -> None:
+    """Finds the other processes of this run; before anything that may ask jax for a device."""
+    distributed.initialize(
+        FLAGS.coordinator,
+        FLAGS.num_processes,
+        FLAGS.process_id,
+        timeout=FLAGS.coordinator_timeout,
+    )
+
+
 def no_arguments(arguments: Sequence[str]) -> None:
     """Raises UserError if there is a positional argument, for commands that take none."""
     if arguments:
@@ -58,30 +80,52 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     """Parses flags, calls `main(positional arguments)`, and exits with its status.
 
     A UserError, or a file that cannot be read or written, ends in one line and status 1. Other
-    exceptions keep their traceback: they are ours to mend.
+    exceptions keep their traceback: they are ours to mend. Of several processes, the end of one
+    in an error is that of all.
     """
 
     def guarded(argv: list[str]) -> None:
         if not FLAGS["verbosity"].present:
             # Libraries log every save at INFO; `--verbosity=0` shows it.
             logging.set_verbosity(logging.WARNING)
+        problem: BaseException | None = None
         try:
             status = main(argv[1:])
         except UserError as error:
-            complain(error)
-            status = 1
+            problem, status = error, 1
         except BrokenPipeError:
             sys.stderr.close()
             status = 141
         except OSError as error:
             if error.filename is None:
+                _tell_others(error)
                 raise
-            complain(UserError(f"{error.strerror}: {error.filename}"))
-            status = 1
+            problem, status = UserError(f"{error.strerror}: {error.filename}"), 1
         except KeyboardInterrupt:
-            complain(UserError("interrupted; run the same command again to go on"))
-            status = 130
-        sys.exit(status or 0)
+            problem, status = UserError("interrupted; run the same command again to go on"), 130
+        except Exception as error:
+            _tell_others(error)
+            raise
+        if problem is not None:
+            complain(problem)
+        _end(problem, status or 0)
+
+    def _end(problem: BaseException | None, status: int) -> None:
+        if distributed.process_count() == 1:
+            sys.exit(status)
+        if status in (0, 143):
+            distributed.leave()
+            sys.exit(status)
+        distributed.failed(str(problem or f"exit status {status}"), status)
+        sys.stdout.flush()
+        # Python's own way out would wait for processes that will not come.
+        os._exit(status)
+
+    def _tell_others(error: Exception) -> None:
+        if distributed.process_count() > 1:
+            distributed.wait_for_the_reason(error)
+            traceback.print_exc()
+            _end(UserError(f"{type(error).__name__}: {error}"), 1)
 
     try:
         argv = rewrite_gin_arguments(sys.argv)

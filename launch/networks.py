@@ -16,6 +16,7 @@ from objectives.base import Objective
 from t5like.data.pipeline import Pipeline
 from t5like.errors import UserError
 from t5like.models.config import ModelConfig
+from t5like.training.state import Frozen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Network:
 
     Attributes:
       module: the flax module that holds the backbone and the objective's heads.
-      init: key -> this module's parameters.
+      init: key -> this module's parameters, in boxes that name their axes.
       loss: (params, frozen, batch, rng, train) -> {name: Term}.
       flops_per_step: model FLOPs of one training step, forward and backward.
     """
@@ -42,7 +43,7 @@ def assemble_network(objective: Objective, model: ModelConfig, pipeline: Pipelin
     one_row = {name: np.zeros((1, *shape[1:]), dtype) for name, (shape, dtype) in spec.items()}
 
     def init(key):
-        return nn.unbox(module.init({"params": key}, one_row))["params"]
+        return module.init({"params": key}, one_row)["params"]
 
     return Network(
         module=module,
@@ -60,12 +61,13 @@ def assemble_networks(data: Data) -> dict[str, Network]:
     }
 
 
-def assemble_frozen(data: Data) -> Any | None:
+def assemble_frozen(data: Data) -> Frozen | None:
     """What the objective's losses read besides parameters; by track, where there are several."""
-    frozen = {name: objective.frozen(data.model) for name, objective in data.tracks.items()}
-    if len(frozen) == 1:
-        return next(iter(frozen.values()))
-    return {name: tree for name, tree in frozen.items() if tree is not None} or None
+    found = {name: objective.frozen(data.model) for name, objective in data.tracks.items()}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    found = {name: frozen for name, frozen in found.items() if frozen is not None}
+    return Frozen.joined(found) if found else None
 
 
 def union_of(networks: Mapping[str, Network]) -> Callable:
@@ -82,7 +84,7 @@ def union_of(networks: Mapping[str, Network]) -> Callable:
         return next(iter(inits.values()))
     owners: dict[tuple, tuple[str, Any]] = {}
     for name, init in inits.items():
-        shapes = traverse_util.flatten_dict(jax.eval_shape(init, jax.random.key(0)))
+        shapes = nn.unbox(traverse_util.flatten_dict(jax.eval_shape(init, jax.random.key(0))))
         for path, leaf in shapes.items():
             owner, other = owners.setdefault(path, (name, leaf))
             if (leaf.shape, leaf.dtype) != (other.shape, other.dtype):

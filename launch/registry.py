@@ -34,6 +34,7 @@ ROOMS = (
     "t5like.models.config",
     "t5like.training.optimizers",
     "t5like.training.schedules",
+    "t5like.training.sharding",
 )
 # Masks that a page can write down, for ModelConfig.attention_pattern: those without arrays.
 MASKS = (

@@ -11,6 +11,7 @@ from t5like.data.sources.base import Source
 from t5like.errors import UserError
 from t5like.models.config import ModelConfig
 from t5like.training.optimizers import Optimizer
+from t5like.training.sharding import Sharding
 
 # Bindings that may differ between a run and its resumption: they change how long it runs, where
 # it writes and what it reports, never what it computes at a step.
@@ -19,6 +20,7 @@ FREE = frozenset(
         "steps", "tokens", "flops", "log_every", "evals", "eval_every", "eval_batches",
         "checkpoint_every_steps", "checkpoint_every_minutes", "keep", "keep_best", "init_from",
         "init_prefixes", "init_reset", "workers", "cache_dir", "batch_hashes", "quality",
+        "sharding",
     }
 )
 
@@ -42,6 +44,7 @@ class RunConfig:
       shuffle: whether units are read in a seeded random order.
       seed: of parameters, data order, corruption and dropout.
       accumulate: micro-batches a step.
+      sharding: the mesh and what lies where on it, @Sharding(); a run may go on under another.
       steps, tokens, flops: budgets; whichever is reached first ends the run.
       log_every: steps between lines in metrics.jsonl.
       evals: {name: source}, held-out documents.
@@ -74,6 +77,7 @@ class RunConfig:
     shuffle: bool = True
     seed: int = 0
     accumulate: int = 1
+    sharding: Sharding = Sharding()
     steps: int | None = None
     tokens: float | None = None
     flops: float | None = None
@@ -124,7 +128,10 @@ class RunConfig:
 
     def _check_parts(self) -> None:
         """Raises UserError where a part is not what its name says."""
-        kinds = {"objective": Objective, "model": ModelConfig, "optimizer": Optimizer}
+        kinds = {
+            "objective": Objective, "model": ModelConfig, "optimizer": Optimizer,
+            "sharding": Sharding,
+        }  # fmt: skip
         parts = {name: (getattr(self, name), kind) for name, kind in kinds.items()}
         sources = self.source if isinstance(self.source, Mapping) else {None: self.source}
         evals = self.evals or {}

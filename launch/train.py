@@ -24,6 +24,7 @@ def main(arguments: list[str]) -> int:
     cli.no_arguments(arguments)
     if FLAGS.workdir is None:
         raise UserError("no workdir: pass --workdir=DIR, where the run will live")
+    cli.join_processes()
     return train(FLAGS.gin_file, cli.bindings(), FLAGS.workdir)
 
 

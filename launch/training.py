@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 from etils import epath
+from flax import linen as nn
 
 from launch import assemble, cli, config as config_lib
 from launch.files import write_whole
@@ -88,6 +89,7 @@ def train_resolved(
     networks = assemble_networks(data)
     evals = assemble.assemble_evals(run, data, workdir)
     check_keep_best(run, evals)
+    rows = local_rows(run, data)
     tracks = {name: make_track(data, networks, name) for name in networks}
     plan = functools.partial(data.objective.plan, seed=run.seed)
     total_steps = Budget(run.steps, run.tokens, run.flops).total_steps(
@@ -103,7 +105,7 @@ def train_resolved(
         plan=plan,
         optimizer=run.optimizer,
         total_steps=total_steps,
-        batches=lambda step: load(batches, step, workers=run.workers),
+        batches=lambda step: load(batches, step, workers=run.workers, rows=rows),
         seed=run.seed,
         workdir=workdir,
         config_text=resolved.text(),
@@ -111,7 +113,7 @@ def train_resolved(
         vocabulary_fingerprint=data.vocabulary.fingerprint(),
         data_fingerprint=" ".join(corpus.fingerprint for corpus, _ in data.corpora.values()),
         evals={
-            split: HeldOut(name, functools.partial(pipeline.one_pass, run.eval_batches))
+            split: HeldOut(name, functools.partial(pipeline.one_pass, run.eval_batches, rows))
             for split, (name, pipeline) in evals.items()
         },
         log_every=run.log_every,
@@ -124,6 +126,7 @@ def train_resolved(
         accumulate=run.accumulate,
         init_from=starting_point(run),
         frozen=assemble_frozen(data),
+        sharding=run.sharding,
         hash_fn=Pipeline.hash if run.batch_hashes else None,
         progress=progress,
     )
@@ -151,7 +154,7 @@ def make_track(data: assemble.Data, networks: Mapping[str, Network], name: str) 
         loss_fn=loss,
         tokens_per_step=slots(data.pipelines[name]),
         flops_per_step=network.flops_per_step,
-        declares=jax.eval_shape(network.init, jax.random.key(0)) if several else None,
+        declares=nn.unbox(jax.eval_shape(network.init, jax.random.key(0))) if several else None,
     )
 
 
@@ -162,6 +165,19 @@ def check_keep_best(run: RunConfig, splits: Iterable[str]) -> None:
             f"train.keep_best={run.keep_best!r} is no eval of this run, which has several tracks; "
             f"it has {', '.join(splits)}"
         )
+
+
+def local_rows(run: RunConfig, data: assemble.Data) -> tuple[range, ...]:
+    """Rows of each global batch that this process reads.
+
+    Raises:
+      UserError: batches do not divide among the devices.
+    """
+    mesh, lengths = run.sharding.mesh(), data.objective.lengths
+    run.sharding.check_batch(
+        mesh, run.batch_size, (lengths.inputs, lengths.targets), run.accumulate
+    )
+    return run.sharding.local_rows(mesh, run.batch_size)
 
 
 def run_identity(resolved: config_lib.Resolved) -> dict[str, str]:

@@ -168,7 +168,8 @@ class Objective:
     def frozen(self, config: Any) -> Any | None:
         """Trees of arrays that losses read and gradients do not reach (a teacher), or None.
 
-        Called once, when a run starts; the result is part of the run's state.
+        Called once, when a run starts, and gives a t5like.training.state.Frozen; what that reads
+        is part of the run's state.
         """
         del config
         return None

@@ -126,13 +126,13 @@ class Distillation(Composite):
         return teacher_lib.find(self.teacher_from, self.teacher_model, "Distillation.teacher_from")
 
     def frozen(self, config: Any) -> Any:
-        """The teacher's backbone as {"model": parameters}.
+        """The teacher's backbone, {"model": parameters}, as t5like.training.state.Frozen.
 
         Raises:
           UserError: it is not there, or cannot teach this student.
         """
         self._check(config)
-        return {"model": self._teacher.read()}
+        return self._teacher.frozen()
 
     def _check(self, config: Any) -> None:
         """Raises UserError unless teacher and student read and predict the same tokens."""

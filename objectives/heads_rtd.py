@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from t5like.models.config import ModelConfig
 from t5like.models.layers import ACTIVATIONS, Dense, dot, kernel_init
+from t5like.models.partitioning import named
 from t5like.models.transformer import Transformer
 
 Batch = Mapping[str, jax.Array]
@@ -65,9 +66,11 @@ class DetectionHead(nn.Module):
         """States [..., D] -> logits that the token was replaced, float32 [...]."""
         config, param_dtype = self.config, jnp.dtype(self.config.param_dtype)
         x = ACTIVATIONS[config.activation](Dense(config, config.d_model, name="transform")(x))
-        kernel = self.param("kernel", kernel_init(config), (config.d_model, 1), param_dtype)
+        axes = ("embed", None)
+        init = named(kernel_init(config), *axes)
+        kernel = self.param("kernel", init, (config.d_model, 1), param_dtype)
         bias = self.param("bias", nn.initializers.zeros_init(), (1,), param_dtype)
-        return (dot(x, kernel, config.dtype, "float32") + bias.astype(jnp.float32))[..., 0]
+        return (dot(x, kernel, axes, config.dtype, "float32") + bias.astype(jnp.float32))[..., 0]
 
 
 class GeneratorAndDiscriminator(nn.Module):

@@ -29,24 +29,23 @@ class _Teacher:
         """The fingerprint of what it was trained with, "" if that is not recorded."""
         return self.info.get("vocabulary", "")
 
-    def read(self) -> Any:
-        """The backbone's parameters, a nested dict of host arrays; heads are left out.
+    def frozen(self) -> Any:
+        """The backbone, {"model": parameters}, as t5like.training.state.Frozen; no heads.
 
-        Raises:
-          UserError: the checkpoint has other parameters than the config.
+        Reading it raises UserError if the checkpoint has other parameters than the config.
         """
         import jax
 
-        from t5like.models.transformer import init_parameters
+        from t5like.models.transformer import init_named
         from t5like.training import init_from
+        from t5like.training.state import Frozen
 
-        shapes = jax.eval_shape(lambda: init_parameters(self.config, jax.random.key(0)))
-        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        template = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes
-        )
-        found = init_from.restore_params(self.path, {"model": template}, ("model/",), {})
-        return jax.device_get(found["model"])
+        shapes = jax.eval_shape(lambda: init_named(self.config, jax.random.key(0)))
+
+        def read(template: Any) -> Any:
+            return init_from.restore_params(self.path, template, ("model/",), {})
+
+        return Frozen({"model": shapes}, read)
 
 
 def find(path: str, config: Any | None, who: str) -> _Teacher:

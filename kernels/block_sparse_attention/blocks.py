@@ -4,19 +4,22 @@ Each block is judged by the ranges of its operands (kernels/masks/expression.py)
 surely nothing in it is seen, full only if surely everything is. Places where the parts of the
 mask that are known on the host already show nothing are never candidates; where all of it is
 known the lists are NumPy arrays. Otherwise the candidates are judged again on the device with the
-run's data, and those that stay are moved to the front of lists of a size known beforehand.
+run's data, and those that stay are moved to the front of lists of a size known beforehand
+(compact.py). Of a mask that is one of several, such as a part that only the device can name, each
+is judged on the host, and the device chooses.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from types import ModuleType
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.block_sparse_attention.compact import Candidates, compact, one_of
 from kernels.block_sparse_attention.problem import (
     ACTIVE,
     ATOM_BIT,
@@ -54,8 +57,13 @@ class Grid:
         return self.build.q_len // self.block_q, self.build.kv_len // self.block_kv
 
 
-def lists(grid: Grid) -> tuple[Blocks, Blocks]:
+def lists(grid: Grid, choices: Sequence[Grid], index: Array | int) -> tuple[Blocks, Blocks]:
     """The active blocks by row and by column.
+
+    Args:
+      choices: grids of the same blocks that `grid` is surely one of, as far as is known on the
+        host; where they are known altogether, so are their lists, and the device chooses one.
+      index: which of them it is.
 
     Raises:
       ValueError: more block-level atoms than a flag has bits for.
@@ -64,34 +72,43 @@ def lists(grid: Grid) -> tuple[Blocks, Blocks]:
         raise ValueError(f"a mask of {len(grid.build.atoms)} block patterns; at most {MAX_ATOMS}")
     if grid.shape == (1, 1) and not grid.build.atoms:
         return _only_block(grid), _only_block(grid)
-    rows, cols = (np.arange(n, dtype=np.int32) for n in grid.shape)
-    known = _judge(grid, rows[:, None], cols[None, :], host=True)
-    any_, all_ = (
-        np.broadcast_to(x, np.broadcast_shapes((1, 1, *grid.shape), np.shape(x)))
-        for x in (known.any, known.all)
-    )
-    candidates = any_.any((0, 1))
-    is_static = all(isinstance(x, np.ndarray) for x in _arrays(grid.build))
+    truths = [known(choice) for choice in choices]
+    is_static = all(isinstance(x, np.ndarray) for choice in choices for x in _arrays(choice.build))
 
     def one(by_row: bool) -> Blocks:
-        places = candidates.copy()
-        empty = ~places.any(1 if by_row else 0)
-        if by_row:
-            places[empty, 0] = True
-            r, c = np.nonzero(places)
-        else:
-            places[0, empty] = True
-            c, r = np.nonzero(places.T)
-        r, c = r.astype(np.int32), c.astype(np.int32)
+        found = [Candidates.of(np.asarray(x.any.any((0, 1))), by_row) for x in truths]
         if is_static:
-            truth = Truth(any_[..., r, c], all_[..., r, c])
-        else:
-            truth = _judge(grid, r, c, host=False)
+            made = []
+            for choice, truth, at in zip(choices, truths, found, strict=True):
+                here = Truth(*(x[..., at.rows, at.cols] for x in (truth.any, truth.all)))
+                made.append(compact(at, by_row, here, _bits(choice, at), None))
+            return one_of(made, index)
         bound = grid.shape[0] * (min(grid.row_bound, grid.shape[1])) + max(grid.shape)
-        capacity = int(min(r.size, bound))
-        return _compact(grid, r, c, truth, by_row, is_static, capacity)
+        at = Candidates.one_of(found, index)
+        truth = _judge(grid, at.rows, at.cols, host=False)
+        return compact(at, by_row, truth, _bits(grid, at), int(min(at.rows.size, bound)))
 
     return one(True), one(False)
+
+
+def known(grid: Grid) -> Truth:
+    """What the host knows of all blocks: bool [B or 1, H or 1, R, C] each."""
+    rows, cols = (np.arange(n, dtype=np.int32) for n in grid.shape)
+    truth = _judge(grid, rows[:, None], cols[None, :], host=True)
+    return Truth(
+        *(
+            np.broadcast_to(x, np.broadcast_shapes((1, 1, *grid.shape), np.shape(x)))
+            for x in (truth.any, truth.all)
+        )
+    )
+
+
+def _bits(grid: Grid, at: Candidates) -> Array | int:
+    """Flags of the atoms' values."""
+    bits = 0
+    for k in range(len(grid.build.atoms)):
+        bits = bits | (atom_values(grid, k, at.rows, at.cols) << (ATOM_BIT + k))
+    return bits
 
 
 def _only_block(grid: Grid) -> Blocks:
@@ -108,10 +125,14 @@ def _arrays(build: Builder) -> list[Array]:
     return [*build.queries, *build.keys, *build.pairs, *atoms]
 
 
-def _judge(grid: Grid, rows: np.ndarray, cols: np.ndarray, host: bool) -> Truth:
+def _judge(grid: Grid, rows: Array, cols: Array, host: bool) -> Truth:
     """What is known of blocks (rows, cols), which broadcast to [.., n]; on the host, operands
     that are data of the run may be anything."""
     build = grid.build
+
+    def of_blocks(values: Array, axes: tuple[int, ...], *places: Array) -> Range:
+        least, most = (_at(x(axes), *places) for x in (values.min, values.max))
+        return Range(least, most)
 
     def leaf(op: str, index: int | None = None) -> Any:
         if op == "query_slot":
@@ -130,90 +151,24 @@ def _judge(grid: Grid, rows: np.ndarray, cols: np.ndarray, host: bool) -> Truth:
         if op == "pair":
             lead = values.shape[:2]
             tiles = values.reshape(*lead, grid.shape[0], grid.block_q, grid.shape[1], grid.block_kv)
-            return Range(tiles.min((3, 5))[..., rows, cols], tiles.max((3, 5))[..., rows, cols])
+            return of_blocks(tiles, (3, 5), rows, cols)
         block, place = (grid.block_q, rows) if op == "query" else (grid.block_kv, cols)
-        tiles = values.reshape(*values.shape[:2], -1, block)
-        return Range(tiles.min(-1)[..., place], tiles.max(-1)[..., place])
+        return of_blocks(values.reshape(*values.shape[:2], -1, block), (3,), place)
 
     truth = evaluate(grid.expr, leaf)
     return truth if isinstance(truth, Truth) else Truth(truth, truth)
 
 
-def atom_values(grid: Grid, index: int, rows: np.ndarray, cols: np.ndarray) -> Array:
+def _at(values: Array, *places: Array) -> Array:
+    """values[..., *places]; either may be the device's."""
+    on_device = any(isinstance(place, jax.Array) for place in places)
+    return (jnp.asarray(values) if on_device else values)[(..., *places)]
+
+
+def atom_values(grid: Grid, index: int, rows: Array, cols: Array) -> Array:
     """int32 [B or 1, H or 1, *n]: an atom at blocks (rows, cols); padding repeats the last."""
     atom = grid.build.atoms[index]
     last_row, last_col = (n - 1 for n in atom.pattern.shape[2:])
-    r = np.minimum(rows * grid.block_q // atom.block_q, last_row)
-    c = np.minimum(cols * grid.block_kv // atom.block_kv, last_col)
-    return atom.pattern[..., r, c].astype(np.int32)
-
-
-def _compact(
-    grid: Grid,
-    rows: np.ndarray,
-    cols: np.ndarray,
-    truth: Truth,
-    by_row: bool,
-    is_static: bool,
-    capacity: int,
-) -> Blocks:
-    """Keeps the candidates that are active, and one of each line that has none.
-
-    Args:
-      rows, cols: int32 [n], candidates in the list's order, at least one a line.
-      truth: of the candidates, [B or 1, H or 1, n].
-      by_row: lines are rows.
-      is_static: everything is NumPy's.
-      capacity: entries of a dynamic list.
-    """
-    xp: ModuleType = np if is_static else jnp
-    size, line = rows.size, rows if by_row else cols
-    num_lines = grid.shape[0] if by_row else grid.shape[1]
-    bits = 0
-    for k in range(len(grid.build.atoms)):
-        bits = bits | (atom_values(grid, k, rows, cols) << (ATOM_BIT + k))
-    lead = np.broadcast_shapes(
-        (1, 1), *(np.shape(x)[:2] for x in (truth.any, truth.all, bits) if np.ndim(x) > 2)
-    )
-    active, full, bits = (xp.broadcast_to(x, (*lead, size)) for x in (truth.any, truth.all, bits))
-
-    starts = np.searchsorted(line, np.arange(num_lines + 1))
-    before = running_count(xp, active)
-    in_line = before[..., starts[1:]] - before[..., starts[:-1]]
-    is_first = np.zeros(size, bool)
-    is_first[starts[:-1]] = True
-    keep = active | (is_first & (in_line == 0)[..., line])
-    offsets = running_count(xp, xp.maximum(in_line, 1))
-
-    total = offsets[..., -1:]
-    slots = int(total.max()) if is_static else capacity
-    chosen = _positions_of(xp, keep, slots)
-    step = xp.minimum(xp.arange(slots, dtype=np.int32), total - 1)
-    chosen = xp.take_along_axis(chosen, step, -1)
-    place = xp.asarray(line)[chosen]
-    begins, ends = (xp.take_along_axis(offsets, place + i, -1) for i in (0, 1))
-    flags = xp.where(step == begins, FIRST, 0) | xp.where(step == ends - 1, LAST, 0)
-    value = xp.where(active, ACTIVE | xp.where(full, 0, PARTIAL), 0) | bits
-    flags = flags | xp.take_along_axis(value, chosen, -1)
-    flags = xp.where(np.arange(slots) < total, flags, 0)
-    entries = (xp.asarray(rows)[chosen], xp.asarray(cols)[chosen], flags, offsets)
-    return Blocks(*(x.astype(np.int32) for x in entries), is_static=is_static)
-
-
-def running_count(xp: ModuleType, values: Array) -> Array:
-    """int32 [.., n + 1]: the sums of the first 0, 1, .. n values."""
-    total = xp.cumsum(values, -1, dtype=np.int32)
-    return xp.concatenate([xp.zeros_like(total[..., :1]), total], -1)
-
-
-def _positions_of(xp: ModuleType, keep: Array, slots: int) -> Array:
-    """int32 [.., slots]: where keep [.., n] is True, in order; 0 beyond."""
-    target = xp.where(keep, xp.cumsum(keep, -1, dtype=np.int32) - 1, slots)
-    lead = np.indices((*keep.shape[:-1], 1), dtype=np.int32)[:-1]
-    source = xp.broadcast_to(xp.arange(keep.shape[-1], dtype=np.int32), keep.shape)
-    if xp is np:
-        found = np.zeros((*keep.shape[:-1], slots + 1), np.int32)
-        found[(*lead, target)] = source
-    else:
-        found = jnp.zeros((*keep.shape[:-1], slots + 1), np.int32).at[(*lead, target)].set(source)
-    return found[..., :slots]
+    r = (rows * grid.block_q // atom.block_q).clip(max=last_row)
+    c = (cols * grid.block_kv // atom.block_kv).clip(max=last_col)
+    return _at(atom.pattern, r, c).astype(np.int32)

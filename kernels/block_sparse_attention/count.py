@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from kernels.block_sparse_attention.blocks import known
 from kernels.block_sparse_attention.flash import make_problem
+from kernels.block_sparse_attention.grids import grid_of
 from kernels.block_sparse_attention.problem import ACTIVE, PARTIAL
 from kernels.masks import Mask
 
@@ -40,3 +42,14 @@ def visible_pairs(mask: Mask, q_len: int, kv_len: int, block: int = 128) -> int:
         pair = [x[0, 0][np.ix_(q, k)] for x in problem.pair]
         total += int(np.sum(problem.tile(q[:, None], k[None, :], query, key, pair, int(flags))))
     return total
+
+
+def load_of_parts(mask: Mask, q_len: int, kv_len: int, parts: int, block: int = 128) -> np.ndarray:
+    """The share of their blocks that equal parts of the queries see, float [parts].
+
+    Where what the mask shows is known at run time alone, blocks count as seen.
+    """
+    grid = grid_of(mask, q_len, kv_len, (min(block, -(-q_len // parts)), block))
+    seen = known(grid).any.mean((0, 1, 3))  # [R]
+    part = np.minimum(np.arange(seen.size) * parts // seen.size, parts - 1)
+    return np.bincount(part, seen, parts) / np.bincount(part, minlength=parts)

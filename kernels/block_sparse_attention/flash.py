@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from kernels.bias import Lowered, RelativeBias, lowered
-from kernels.block_sparse_attention.blocks import Grid, lists
+from kernels.block_sparse_attention.blocks import lists
+from kernels.block_sparse_attention.grids import grid_of
 from kernels.block_sparse_attention.manual import varying_alike
 from kernels.block_sparse_attention.problem import Problem
-from kernels.masks import Builder, Expr, Mask
-from kernels.masks.base import Atom
+from kernels.masks import Mask
 
 # Log-sum-exp of a row that sees nothing, in the gradient: exp(logit - this) is 0, not NaN.
 NOTHING_SEEN = 1e30
@@ -90,50 +90,25 @@ def make_problem(
     soft_cap: float | None,
 ) -> Problem:
     """The mask's active blocks of at most `sizes`, over lengths padded to whole blocks."""
-    is_one_block = tuple(sizes) == (q_len, kv_len)
-    build = (_PerSlot if is_one_block else Builder)(q_len, kv_len)
-    expr = mask.expression(build)
-    block_q = _within([atom.block_q for atom in build.atoms], sizes[0])
-    block_kv = _within([atom.block_kv for atom in build.atoms], sizes[1])
-    padded_q, padded_kv = _up(q_len, block_q), _up(kv_len, block_kv)
-    if padded_kv > kv_len:
-        expr &= build.key() < kv_len
-    build.q_len, build.kv_len = padded_q, padded_kv
-    build.queries = [_repeat_last(x, padded_q, -1) for x in build.queries]
-    build.keys = [_repeat_last(x, padded_kv, -1) for x in build.keys]
-    build.pairs = [_repeat_last(_repeat_last(x, padded_q, -2), padded_kv, -1) for x in build.pairs]
-    bound = mask.row_bound(block_q, block_kv)
-    by_row, by_col = lists(Grid(expr, build, block_q, block_kv, bound))
+    grid = grid_of(mask, q_len, kv_len, sizes)
+    choices, index = mask.choices()
+    known = [grid_of(choice, q_len, kv_len, sizes) for choice in choices] if choices[1:] else [grid]
+    by_row, by_col = lists(grid, known, index)
+    build = grid.build
     return Problem(
         by_row=by_row,
         by_col=by_col,
         query=tuple(build.queries),
         key=tuple(build.keys),
         pair=tuple(build.pairs),
-        expression=expr,
-        q_len=padded_q,
-        kv_len=padded_kv,
-        block_q=block_q,
-        block_kv=block_kv,
+        expression=grid.expr,
+        q_len=build.q_len,
+        kv_len=build.kv_len,
+        block_q=grid.block_q,
+        block_kv=grid.block_kv,
         scale=scale,
         soft_cap=soft_cap,
     )
-
-
-class _PerSlot(Builder):
-    """Writes patterns of blocks out for pairs of slots, so that a call that is one block, as short
-    rows are, stays one whatever its pattern's blocks."""
-
-    def blocks(self, pattern: np.ndarray | jax.Array, block_q: int, block_kv: int) -> Expr:
-        return self.pair(Atom(pattern, block_q, block_kv).per_slot(self.q_len, self.kv_len))
-
-
-def _within(patterns: list[int], size: int) -> int:
-    """The largest block up to `size` that lies within a block of every pattern."""
-    if not patterns:
-        return size
-    common = math.gcd(*patterns)
-    return max(n for n in range(1, min(size, common) + 1) if common % n == 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +150,7 @@ def run(
     """(output [B, Q, H, Dh], log-sum-exp [B, Q, H]) of a prepared call."""
     call = (prepared.problem, prepared.bias, prepared.q, prepared.k, prepared.v)
     if getattr(backend, "differentiates_itself", lambda problem: False)(prepared.problem):
-        out, lse = backend.attention(*call)
+        out, lse = _named(*backend.attention(*call))
     else:
         out, lse = _recomputed(backend, prepared, interpret)
     return jnp.swapaxes(out[:, :, :q_len], 1, 2), jnp.swapaxes(lse[:, :, :q_len], 1, 2)
@@ -251,8 +226,13 @@ def _forward(call: _Call, integers, floats, q, k, v):
     """Arguments come as `jax.custom_derivatives.CustomVJPPrimal`s."""
     wanted = _BIAS_GRADIENT if any(x.perturbed for x in floats) else _NO_BIAS_GRADIENT
     arguments = jax.tree.map(lambda x: x.value, (integers, floats, q, k, v))
-    out, lse = _attention(call, *arguments)
+    out, lse = _named(*_attention(call, *arguments))
     return (out, lse), (*arguments, out, lse, wanted)
+
+
+def _named(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Named for policies of jax.checkpoint: with both kept, nothing runs the forward again."""
+    return checkpoint_name(out, "attention_output"), checkpoint_name(lse, "attention_lse")
 
 
 def _backward(call: _Call, saved, cotangents):
@@ -279,21 +259,7 @@ def _backward(call: _Call, saved, cotangents):
 _attention.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _up(length: int, block: int) -> int:
-    return -(-length // block) * block
-
-
 def _zeros_after(x: jax.Array, length: int) -> jax.Array:
     """x [B, H, L, Dh] padded to `length` slots."""
     missing = length - x.shape[2]
     return jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0))) if missing else x
-
-
-def _repeat_last(x: np.ndarray | jax.Array, length: int, axis: int) -> np.ndarray | jax.Array:
-    """Pads an operand without widening the range of its last block."""
-    missing = length - x.shape[axis]
-    if not missing:
-        return x
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, missing)
-    return (np if isinstance(x, np.ndarray) else jnp).pad(x, widths, mode="edge")

@@ -14,6 +14,7 @@ the program is traced. JAX arrays are data of the run: the list is made on the d
 from kernels.masks.base import And, Builder, Full, Mask, Not, Or, Rows
 from kernels.masks.expression import Expr
 from kernels.masks.order import AShape, Causal, Dilated, Prefix, SlidingWindow
+from kernels.masks.part import Part
 from kernels.masks.patterns import BigBird, BlockIndex, VerticalSlash
 from kernels.masks.rows import Dense, GlobalTokens, Segments
 
@@ -32,6 +33,7 @@ __all__ = [
     "Mask",
     "Not",
     "Or",
+    "Part",
     "Prefix",
     "Rows",
     "Segments",

@@ -69,13 +69,13 @@ class Builder:
         """The query's slot, or its value in [Q], [B or 1, Q] or [B or 1, H or 1, Q]."""
         if values is None:
             return Expr("query_slot")
-        return Expr("query", (_add(self.queries, _per_slot(values, self.q_len, "query")),))
+        return Expr("query", (_add(self.queries, per_slot(values, self.q_len, "query")),))
 
     def key(self, values: Array | None = None) -> Expr:
         """The key's slot, or its value in [K], [B or 1, K] or [B or 1, H or 1, K]."""
         if values is None:
             return Expr("key_slot")
-        return Expr("key", (_add(self.keys, _per_slot(values, self.kv_len, "key")),))
+        return Expr("key", (_add(self.keys, per_slot(values, self.kv_len, "key")),))
 
     def pair(self, array: Array) -> Expr:
         """The pair's own flag in [B or 1, H or 1, Q, K]."""
@@ -97,6 +97,11 @@ class Mask:
     def row_bound(self, block_q: int, block_kv: int) -> float:
         """At most how many blocks of these sizes a row of blocks can see, as far as is known."""
         return math.inf
+
+    def choices(self) -> tuple[tuple[Mask, ...], int | jax.Array]:
+        """Masks that this one is surely one of, and which: what they show is known on the host
+        where of this one it is not."""
+        return (self,), 0
 
     def dense(self, q_len: int, kv_len: int) -> jax.Array:
         """The mask as an array: bool [B or 1, H or 1, Q, K], True where the query sees the key."""
@@ -207,7 +212,7 @@ class _RowsBuilder(Builder):
     def query(self, values: Array | None = None) -> Expr:
         if values is None:
             return self.build.query(self.slots)
-        values = _per_slot(values, self.q_len, "query")
+        values = per_slot(values, self.q_len, "query")
         return self.build.query(jnp.take_along_axis(values, self.slots[:, None], -1, mode="clip"))
 
     def key(self, values: Array | None = None) -> Expr:
@@ -226,7 +231,7 @@ def _rows_of(array: Array, slots: Array) -> jax.Array:
     return jnp.take_along_axis(jnp.asarray(array), slots[:, None, :, None], 2, mode="clip")
 
 
-def _per_slot(values: Array, length: int, axis: str) -> Array:
+def per_slot(values: Array, length: int, axis: str) -> Array:
     """values as int32 [B or 1, H or 1, length]."""
     if values.shape[-1] != length:
         raise ValueError(f"a mask has values for {values.shape[-1]} {axis} slots, not {length}")

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import pathlib
+import secrets
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -42,7 +43,8 @@ def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
     Raises:
       UserError: naming `path`, where it cannot be written (a full disk).
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # Processes of several machines, which may have one number, may share the folder.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with writing(path):
             with open(temporary, "wb") as stream:

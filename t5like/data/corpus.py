@@ -47,7 +47,8 @@ def build_corpus(
     """Tokenises `source` into a store in `directory`, or opens the one that is there.
 
     The bytes of the store depend on source and vocabulary alone. A build that was killed goes on
-    where it stopped: finished shards are kept. A second process waits for the first.
+    where it stopped: finished shards are kept. A second process waits for the first, if the file
+    system knows locks.
 
     Args:
       source: where the documents come from.
@@ -80,7 +81,11 @@ def _locked(directory: pathlib.Path) -> Iterator[None]:
     with writing(directory):
         (directory / ".lock").touch()
     with open(directory / ".lock", "wb") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        except OSError as e:
+            # Some shared file systems have no locks. Processes of one run take turns anyway.
+            _logger.info("%s cannot be locked (%s)", directory, e.strerror)
         yield
 
 

@@ -19,15 +19,14 @@ class _Steps:
 
     pipeline: Pipeline
     start: int
-    shard_index: int
-    shard_count: int
+    rows: tuple[range, ...] | None
 
     def __len__(self) -> int:
         return _ENDLESS
 
     def __getitem__(self, i) -> tuple[int, dict[str, np.ndarray]]:
         step = self.start + int(i)
-        return step, self.pipeline.batch(step, self.shard_index, self.shard_count)
+        return step, self.pipeline.batch(step, self.rows)
 
 
 def load(
@@ -36,8 +35,7 @@ def load(
     *,
     workers: int = 0,
     prefetch: int = 2,
-    shard_index: int = 0,
-    shard_count: int = 1,
+    rows: tuple[range, ...] | None = None,
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Batches from `start_step` on, in order and without end, whatever the number of workers.
 
@@ -46,15 +44,15 @@ def load(
       start_step: the first step.
       workers: processes that make batches; 0 makes them in a thread of this one.
       prefetch: batches kept ready (by each worker).
-      shard_index, shard_count: which rows of each global batch this host reads.
+      rows: ranges of rows of each global batch that this process reads; None: all.
 
     Yields:
-      (step, {feature: [batch_size // shard_count, L]}).
+      (step, {feature: [B, L]}), B the number of those rows.
     """
     import grain  # takes seconds, and imports jax: not for who only wants batch(step)
 
     # The first batch is made here: worker processes take seconds to start.
-    steps = _Steps(pipeline, start_step + 1, shard_index, shard_count)
+    steps = _Steps(pipeline, start_step + 1, rows)
     read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
     batches = grain.MapDataset.source(steps).to_iter_dataset(read)
     if workers:
@@ -67,7 +65,7 @@ def load(
     iterator = iter(batches)
     iterator.start_prefetch()
     try:
-        yield start_step, pipeline.batch(start_step, shard_index, shard_count)
+        yield start_step, pipeline.batch(start_step, rows)
         for step, batch in iterator:
             # Workers hand over shared memory that must be given back: copy it at once.
             yield step, {name: np.array(array) for name, array in batch.items()}

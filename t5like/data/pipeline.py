@@ -12,7 +12,7 @@ import functools
 import hashlib
 import itertools
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -96,25 +96,27 @@ class Pipeline:
 
     # --- batches ---
 
-    def batch(self, step: int, shard_index: int = 0, shard_count: int = 1) -> dict[str, np.ndarray]:
-        """Rows of the global batch of `step`: of the equal contiguous shards, the index-th.
+    def batch(self, step: int, rows: tuple[range, ...] | None = None) -> dict[str, np.ndarray]:
+        """Rows of the global batch of `step`.
+
+        Args:
+          rows: ranges of 0 .. batch_size - 1, in the order in which they are wanted; None: all.
 
         Returns:
-          {feature: [batch_size // shard_count, L]}, see `spec`.
+          {feature: [B, L]}, B the number of rows; see `spec`.
 
         Raises:
-          UserError: batch_size is not divisible by shard_count, or an example fits no row.
+          ValueError: an example fits no row.
         """
-        if self.batch_size % shard_count:
-            raise UserError(
-                f"batch_size {self.batch_size} cannot be split evenly over {shard_count} hosts; "
-                f"make it a multiple of {shard_count}"
-            )
-        size = self.batch_size // shard_count
-        start = step * self.batch_size + shard_index * size
-        return self._lay_out(self._examples_of_rows(start, start + size))
+        start = step * self.batch_size
+        examples = []
+        for part in self._ranges(rows):
+            examples += self._examples_of_rows(start + part.start, start + part.stop)
+        return self._lay_out(examples)
 
-    def one_pass(self, limit: int | None = None) -> Iterator[dict[str, np.ndarray]]:
+    def one_pass(
+        self, limit: int | None = None, rows: tuple[range, ...] | None = None
+    ) -> Iterator[dict[str, np.ndarray]]:
         """Batches of one pass, for evaluation; empty rows fill the last one.
 
         One corpus is covered exactly once. Of a mixture there are as many examples as cover it in
@@ -123,13 +125,25 @@ class Pipeline:
 
         Args:
           limit: most batches, None for all.
+          rows: see `batch`. However few, there are as many batches as of all rows.
         """
-        rows = self._rows_of_a_pass()
+        rows = self._ranges(rows)
+        examples = self._rows_of_a_pass()
         for _ in range(limit) if limit is not None else itertools.count():
-            chosen = list(itertools.islice(rows, self.batch_size))
+            chosen = list(itertools.islice(examples, self.batch_size))
             if not chosen:
                 return
-            yield self._lay_out(chosen + [[]] * (self.batch_size - len(chosen)))
+            chosen += [[]] * (self.batch_size - len(chosen))
+            yield self._lay_out([chosen[row] for part in rows for row in part])
+
+    def _ranges(self, rows: tuple[range, ...] | None) -> tuple[range, ...]:
+        whole = range(self.batch_size)
+        if rows is None:
+            return (whole,)
+        for part in rows:
+            if part.step != 1 or not part or part[0] not in whole or part[-1] not in whole:
+                raise ValueError(f"rows {part} of a batch of {self.batch_size}")
+        return rows
 
     def _rows_of_a_pass(self) -> Iterator[list[int]]:
         """Examples of each row, of as many examples as there are units (by rate, in a mixture)."""
@@ -204,12 +218,25 @@ class Pipeline:
     @staticmethod
     def hash(batch: Mapping[str, np.ndarray]) -> str:
         """A digest of names, dtypes, shapes and contents, the same on every machine."""
-        digest = hashlib.blake2b(digest_size=16)
-        for name in sorted(batch):
-            array = np.ascontiguousarray(batch[name])
-            digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
-            digest.update(array.tobytes())
-        return digest.hexdigest()
+        return Pipeline.hash_of(Pipeline.row_hashes(batch))
+
+    @staticmethod
+    def row_hashes(batch: Mapping[str, np.ndarray]) -> list[str]:
+        """The digest of each row of a batch {feature: [B, ...]}, or of a part of one."""
+        arrays = {name: np.ascontiguousarray(batch[name]) for name in sorted(batch)}
+        found = []
+        for row in range(min(map(len, arrays.values()), default=0)):
+            digest = hashlib.blake2b(digest_size=16)
+            for name, array in arrays.items():
+                digest.update(f"{name} {array.dtype.str} {array.shape[1:]}\n".encode())
+                digest.update(array[row].tobytes())
+            found.append(digest.hexdigest())
+        return found
+
+    @staticmethod
+    def hash_of(row_hashes: Iterable[str]) -> str:
+        """The digest of a batch whose rows, in order, have these."""
+        return hashlib.blake2b(" ".join(row_hashes).encode(), digest_size=16).hexdigest()
 
     # --- row -> examples ---
 

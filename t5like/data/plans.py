@@ -144,10 +144,10 @@ class PlannedBatches:
     pipelines: Mapping[str, object]
     plan: Plan
 
-    def batch(self, step: int, shard_index: int = 0, shard_count: int = 1) -> dict[str, np.ndarray]:
+    def batch(self, step: int, rows: tuple[range, ...] | None = None) -> dict[str, np.ndarray]:
         """What step `step` reads; see Pipeline.batch."""
         track, number = self.plan.at(step)
-        return self.pipelines[track].batch(number, shard_index, shard_count)
+        return self.pipelines[track].batch(number, rows)
 
 
 def steps_of_parts(mixture: Mixture, step: int) -> list[int]:

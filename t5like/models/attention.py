@@ -7,11 +7,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from kernels import RelativeBias, masks
 from t5like.errors import UserError
 from t5like.models.config import ModelConfig
 from t5like.models.layers import Dense
+from t5like.models.partitioning import constrain
 from t5like.models.positions import Rotation, rotate
 from t5like.models.sharding import sharded_attention
 
@@ -54,14 +56,18 @@ class Attention(nn.Module):
         config = self.config
         query_scale = 1.0 if config.scale_attention else config.head_dim**-0.5
         joined = config.num_heads * config.head_dim
-        query = _split_heads(Dense(config, joined, query_scale, name="query")(x), config.num_heads)
+        axes = "embed", "heads"
+        query = Dense(config, joined, axes, query_scale, name="query")(x)
+        query = _by_head(query, config.num_heads, "heads")
         if rotation is not None:
             query = rotate(query, rotation)
+        query = checkpoint_name(query, "attention_query")
         key, value = self._keys_values(source, rotation, slots)
         scale = None if config.scale_attention else 1.0
         output = self._attend(query, key, self._dropout(value), mask, bias=bias, scale=scale)
+        output = constrain(output, "batch", "length", "heads", None)
         output = output.reshape(*output.shape[:2], joined)
-        return Dense(config, config.d_model, name="out")(output)
+        return Dense(config, config.d_model, ("heads", "embed"), name="out")(output)
 
     def _attend(self, *arguments: Any, **options: Any) -> jax.Array:
         """kernels.attention; a chosen backend that cannot serve is the user's to know."""
@@ -85,11 +91,15 @@ class Attention(nn.Module):
             )
         if source is None:
             return self.get_variable("cache", "key"), self.get_variable("cache", "value")
-        joined = config.kv_heads * config.head_dim
-        key = _split_heads(Dense(config, joined, name="key")(source), config.kv_heads)
-        value = _split_heads(Dense(config, joined, name="value")(source), config.kv_heads)
+        joined, axes = config.kv_heads * config.head_dim, ("embed", "kv_heads")
+        key, value = (
+            _by_head(Dense(config, joined, axes, name=name)(source), config.kv_heads, "kv_heads")
+            for name in ("key", "value")
+        )
         if rotation is not None:
             key = rotate(key, rotation)
+        key = checkpoint_name(key, "attention_key")
+        value = checkpoint_name(value, "attention_value")
         if not cached:
             return key, value
         if slots is not None:
@@ -110,9 +120,9 @@ class Attention(nn.Module):
         return nn.Dropout(rate, broadcast_dims=(3,), deterministic=not self.train)(value)
 
 
-def _split_heads(x: jax.Array, heads: int) -> jax.Array:
-    """[B, L, heads * Dh] -> [B, L, heads, Dh]."""
-    return x.reshape(*x.shape[:2], heads, -1)
+def _by_head(x: jax.Array, heads: int, axis: str) -> jax.Array:
+    """[B, L, heads * Dh] -> [B, L, heads, Dh], whose third axis is called `axis`."""
+    return constrain(x.reshape(*x.shape[:2], heads, -1), "batch", "length", axis, None)
 
 
 def _write(cached: jax.Array, slots: jax.Array, new: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -61,8 +62,10 @@ class ModelConfig:
       param_dtype: of parameters.
       scan_layers: stack the layers' parameters on a leading axis and scan: compile time no
         longer grows with depth.
-      remat: what the backward pass recomputes: nothing, whole layers ("full"), or all but the
-        outputs of matrix products with weights ("dots").
+      remat: what the backward pass recomputes: nothing, whole layers ("full"), all but the
+        outputs of matrix products with weights and of attention ("dots"), or all but what
+        `remat_names` lists ("names").
+      remat_names: of what a layer computes, what remat = "names" keeps; see REMAT_NAMES.
       attention_pattern: a mask that further limits self-attention, in the encoder or in the one
         stack, such as BigBird() or Or(SlidingWindow(512, 512), GlobalTokens(1)); blocks in which
         it shows nothing cost nothing. It speaks of slots; the first tokens of GlobalTokens and
@@ -110,7 +113,8 @@ class ModelConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     scan_layers: bool = False
-    remat: Literal["none", "full", "dots"] = "none"
+    remat: Literal["none", "full", "dots", "names"] = "none"
+    remat_names: Sequence[str] = ()
     attention_pattern: Mask | None = None
     decoder_attention_pattern: Mask | None = None
     attention_backend: str | None = None
@@ -129,6 +133,7 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"ModelConfig.{name} = {value} must be at least 1")
+        self._check_remat_names()
         for name in ("attention_pattern", "decoder_attention_pattern"):
             value = getattr(self, name)
             if not (value is None or isinstance(value, Mask)):
@@ -168,6 +173,19 @@ class ModelConfig:
                 f"d_model = {self.d_model}, or head_transform = True to map one to the other"
             )
 
+    def _check_remat_names(self) -> None:
+        object.__setattr__(self, "remat_names", tuple(self.remat_names))
+        unknown = [name for name in self.remat_names if name not in REMAT_NAMES]
+        if unknown:
+            raise UserError(
+                f"ModelConfig.remat_names has {unknown[0]!r}: choose from {', '.join(REMAT_NAMES)}"
+            )
+        if bool(self.remat_names) != (self.remat == "names"):
+            raise UserError(
+                f"ModelConfig.remat = {self.remat!r} with remat_names = {list(self.remat_names)}: "
+                "the names are what remat = 'names' keeps; set both or neither"
+            )
+
     @property
     def kv_heads(self) -> int:
         """N, resolved."""
@@ -203,6 +221,11 @@ def _changes_with_length(pattern: Mask | None) -> bool:
     return any(_changes_with_length(part) for part in parts if isinstance(part, Mask))
 
 
+# Arrays of a layer that remat can keep by name; each but attention_lse is [B, L, ...].
+REMAT_NAMES = (
+    "attention_query", "attention_key", "attention_value", "attention_output", "attention_lse",
+    "mlp_hidden", "mlp_output",
+)  # fmt: skip
 _ARCHITECTURES = ("encoder", "decoder", "encoder_decoder")
 _CHOICES = {
     "position": ("relative", "rope", "learned", "sinusoidal", "none"),
@@ -211,7 +234,7 @@ _CHOICES = {
     "norm_position": ("pre", "post"),
     "activation": ("gelu", "gelu_exact", "silu", "relu"),
     "initializer": ("fan_in", "normal"),
-    "remat": ("none", "full", "dots"),
+    "remat": ("none", "full", "dots", "names"),
     "dtype": ("float32", "bfloat16", "float16"),
     "param_dtype": ("float32", "bfloat16"),
 }

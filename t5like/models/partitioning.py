@@ -1,7 +1,7 @@
 """Logical axes: what each axis of an array is, and which axes of the mesh it is split over.
 
-The model names axes ("embed", "heads", "batch"); rules say over which mesh axes a name is split. The
-rules in force are flax's (`flax.linen.logical_axis_rules`), the mesh is jax's (`jax.set_mesh`);
+The model names axes ("embed", "heads", "batch"); rules say over which mesh axes a name is split.
+The rules in force are flax's (`flax.linen.logical_axis_rules`), the mesh is jax's (`jax.set_mesh`);
 without either everything here does nothing, and a model runs as on one device.
 """
 
@@ -131,9 +131,13 @@ def gathered(kernel: jax.Array, *names: str | None) -> jax.Array:
     """
     if not _splits_anything():
         return kernel
-    over_data = {*mesh_axes("batch"), *mesh_axes("length")}
-    kept = [None if over_data & set(mesh_axes(name)) else name for name in names]
-    return constrain(kernel, *kept)
+    return constrain(kernel, *(None if over_batch(name) else name for name in names))
+
+
+def over_batch(*names: str | None) -> bool:
+    """Whether a logical axis among `names` lies on mesh axes that also split batches."""
+    taken = {*mesh_axes("batch"), *mesh_axes("length")}
+    return any(not taken.isdisjoint(mesh_axes(name)) for name in names)
 
 
 def _splits_anything() -> bool:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from kernels import RelativeBias
 from t5like.models.config import ModelConfig
+from t5like.models.partitioning import named
 
 Rotation = tuple[jax.Array, jax.Array]
 
@@ -68,7 +69,7 @@ class RelativePositionBias(nn.Module):
         config = self.config
         table = self.param(
             "embedding",
-            nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
+            named(nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"), None, "heads"),
             (config.relative_buckets, config.num_heads),
             jnp.dtype(config.param_dtype),
         )

@@ -10,6 +10,7 @@ from kernels import RelativeBias, masks
 from t5like.models.attention import Attention
 from t5like.models.config import ModelConfig
 from t5like.models.layers import Dense, Dropout, Embed, Mlp, Norm
+from t5like.models.partitioning import constrain
 from t5like.models.positions import (
     RelativePositionBias,
     Rotation,
@@ -17,10 +18,20 @@ from t5like.models.positions import (
     sinusoids,
 )
 
-REMAT_POLICIES = {
-    "full": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
+# What the forward kernel of attention leaves for the backward one: without them it runs again.
+_ATTENTION = ("attention_output", "attention_lse")
+
+
+def remat_policy(config: ModelConfig):
+    """What the backward pass finds kept of a block; see ModelConfig.remat."""
+    if config.remat == "full":
+        return None
+    policies = jax.checkpoint_policies
+    if config.remat == "names":
+        return policies.save_only_these_names(*config.remat_names)
+    return policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(*_ATTENTION)
+    )
 
 
 @flax.struct.dataclass
@@ -84,8 +95,10 @@ class Block(nn.Module):
         norm = Norm(self.config, name=norm_name)
         dropout = Dropout(self.config, self.train)
         if self.config.norm_position == "pre":
-            return x + dropout(function(norm(x)))
-        return norm(x + dropout(function(x)))
+            x = x + dropout(function(norm(x)))
+        else:
+            x = norm(x + dropout(function(x)))
+        return constrain(x, "batch", "length", "width")
 
 
 class Stack(nn.Module):
@@ -107,7 +120,7 @@ class Stack(nn.Module):
         if config.embedding_norm:
             self.embedding_norm = Norm(config)
         if width != config.d_model:
-            self.projection = Dense(config, config.d_model)
+            self.projection = Dense(config, config.d_model, (None, "embed"))
 
     def __call__(
         self,
@@ -210,13 +223,14 @@ class Stack(nn.Module):
         arguments = (config, train, cross, self._bidirectional, keep_states)
         block = Block
         if config.remat != "none":
-            policy = REMAT_POLICIES[config.remat]
+            policy = remat_policy(config)
             block = nn.remat(Block, policy=policy, prevent_cse=not config.scan_layers)
         if config.scan_layers:
             scanned = nn.scan(
                 block,
                 variable_axes={"params": 0, "cache": 0},
                 split_rngs={"params": True, "dropout": True},
+                metadata_params={nn.PARTITION_NAME: "layers"},
                 in_axes=nn.broadcast,
                 length=depth,
             )

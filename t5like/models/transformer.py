@@ -12,6 +12,7 @@ from kernels import masks
 from t5like.errors import UserError
 from t5like.models.config import ModelConfig
 from t5like.models.layers import ACTIVATIONS, Dense, Embed, Norm, dot, kernel_init
+from t5like.models.partitioning import constrain, gathered, named
 from t5like.models.stack import Context, Stack
 from t5like.models.visibility import cross_mask, segments, self_mask
 
@@ -39,7 +40,8 @@ class Transformer(nn.Module):
         config = self.config
         if config.vocab_size is None:
             raise UserError("ModelConfig.vocab_size is not set: bind it, or name a vocabulary")
-        self.token_embedder = Embed(config, config.vocab_size, config.embedding_width)
+        axes = ("vocab", "embed")
+        self.token_embedder = Embed(config, config.vocab_size, config.embedding_width, axes)
         if "encoder" in config.stacks:
             self.encoder = Stack(config, "encoder")
         if "decoder" in config.stacks:
@@ -232,16 +234,23 @@ class Head(nn.Module):
             logits = token_embedder.attend(x)
         else:
             shape = (x.shape[-1], vocab)
-            kernel = self.param("kernel", kernel_init(config), shape, param_dtype)
-            logits = dot(x, kernel, config.dtype, "float32")
+            axes = ("embed", "vocab")
+            kernel = self.param("kernel", named(kernel_init(config), *axes), shape, param_dtype)
+            logits = dot(x, kernel, axes, config.dtype, "float32")
         if config.logits_bias:
-            zeros = nn.initializers.zeros_init()
-            logits += self.param("bias", zeros, (vocab,), param_dtype).astype(jnp.float32)
-        return logits
+            zeros = named(nn.initializers.zeros_init(), "vocab")
+            bias = self.param("bias", zeros, (vocab,), param_dtype).astype(jnp.float32)
+            logits += gathered(bias, "vocab")
+        return constrain(logits, "batch", "length", "vocab") if logits.ndim == 3 else logits
 
 
 def init_parameters(config: ModelConfig, rng: jax.Array) -> dict:
     """A fresh parameter tree; `jax.eval_shape` over it costs no memory, jit makes it quick."""
+    return nn.unbox(init_named(config, rng))
+
+
+def init_named(config: ModelConfig, rng: jax.Array) -> dict:
+    """As init_parameters, each parameter in a box with the names of its axes."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     batch = {f"{stack}_input_tokens": tokens for stack in config.stacks}
     return Transformer(config).init(rng, batch)["params"]

@@ -12,6 +12,9 @@ import dataclasses
 import errno
 import math
 import os
+import secrets
+import socket
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,11 +24,14 @@ from absl import logging
 from etils import epath
 
 from t5like.errors import UserError
-from t5like.training import manifest, signature
+from t5like.training import distributed, manifest, signature
 from t5like.training.state import TrainState
 
 _ASIDE = ".damaged"
 _LEAVING = ".deleted"
+_MARK = ".seen-by-all-"
+# Seconds that a save may take in the background, and a file to be seen from another machine.
+_SAVE_SECONDS, _SEEN_SECONDS = 3600, 60
 
 
 class Checkpoints:
@@ -51,13 +57,15 @@ class Checkpoints:
             raise UserError(f"keep={keep}: at least the newest checkpoint has to be kept")
         self.directory = absolute(directory)
         self._keep, self._best_metric, self._points = keep, best_metric, points
+        self._is_first = distributed.process_index() == 0
         self._handler = _Handler()
-        self._writer = ocp.AsyncCheckpointer(self._handler)
+        self._writer = ocp.AsyncCheckpointer(self._handler, timeout_secs=_SAVE_SECONDS)
         self._pending: int | None = None
-        with _naming(self.directory):
+        with _naming(self.directory), distributed.first_alone("checkpoints"):
             self.directory.mkdir(parents=True, exist_ok=True)
-            if jax.process_index() == 0:
+            if self._is_first:
                 self._sweep()
+        self._check_shared()
 
     def steps(self) -> list[int]:
         """Steps of all finished checkpoints, rising; finished is not yet verified."""
@@ -90,13 +98,13 @@ class Checkpoints:
         self._pending = None
         with _naming(self.directory):
             self._writer.wait_until_finished()
-            if jax.process_index() == 0:
+            if self._is_first:
                 self._delete_old()
 
     def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Adds metrics that were found later to the info of a finished checkpoint."""
         self.wait()
-        if jax.process_index() == 0:
+        if self._is_first:
             with _naming(self.directory):
                 manifest.add_metrics(self.directory / str(step), metrics)
 
@@ -112,7 +120,8 @@ class Checkpoints:
     ) -> tuple[Any, dict[str, Any]] | None:
         """The newest good checkpoint, or None where no checkpoint was ever finished.
 
-        Damaged ones are warned about and put aside (renamed, never deleted or overwritten).
+        Damaged ones are warned about and put aside (renamed, never deleted or overwritten). All
+        processes take the same one, each reads its own shards of it, whoever wrote them.
 
         Args:
           template: a tree of jax.ShapeDtypeStruct with shardings, shaped like the state.
@@ -126,7 +135,7 @@ class Checkpoints:
         """
         self.wait()
         damaged = []
-        for step in reversed(self.steps()):
+        for step in reversed(distributed.gather("steps", self.steps())[0]):
             path = self.directory / str(step)
             try:
                 info = manifest.verify(path)
@@ -134,7 +143,8 @@ class Checkpoints:
                 signature.compare(info["arrays"], signature.of(_tree(template)), path)
                 state = _read(self._writer, path, template)
             except manifest.Damaged as problem:
-                logging.warning("checkpoint %s is damaged and is not used: %s", path, problem)
+                if self._is_first:
+                    logging.warning("checkpoint %s is damaged and is not used: %s", path, problem)
                 damaged.append(path)
                 continue
             self._put_aside(damaged)
@@ -148,9 +158,7 @@ class Checkpoints:
         return None
 
     def _put_aside(self, damaged: list[epath.Path]) -> None:
-        if jax.process_index() != 0:
-            return
-        for path in damaged:
+        for path in damaged if self._is_first else ():
             target, count = path.parent / f"{path.name}{_ASIDE}", 1
             while target.exists():
                 target, count = path.parent / f"{path.name}{_ASIDE}{count}", count + 1
@@ -186,6 +194,30 @@ class Checkpoints:
         for path in self.directory.iterdir():
             if path.name.endswith(_LEAVING) or ".orbax-checkpoint-tmp" in path.name:
                 path.rmtree()
+            elif path.name.startswith(_MARK):
+                path.unlink()
+
+    def _check_shared(self) -> None:
+        """Raises UserError where processes write to different folders of one name."""
+        if distributed.process_count() == 1:
+            return
+        mark = self.directory / f"{_MARK}{secrets.token_hex(4)}"
+        if self._is_first:
+            with _naming(mark):
+                mark.touch()
+        mark = self.directory / distributed.gather("mark", mark.name)[0]
+        until = time.monotonic() + _SEEN_SECONDS
+        while not mark.exists():
+            if time.monotonic() > until:
+                raise UserError(
+                    f"{self.directory} of process {distributed.process_index()} (on "
+                    f"{socket.gethostname()}) is not process 0's: give all processes a --workdir "
+                    "on one shared file system, or on gs://"
+                )
+            time.sleep(0.5)
+        distributed.barrier("mark seen")
+        if self._is_first:
+            mark.unlink()
 
 
 class _Handler(ocp.PyTreeCheckpointHandler):

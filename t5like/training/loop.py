@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from etils import epath
 from t5like.data.plans import Plan
 from t5like.training import (
     cadence,
-    mesh as mesh_lib,
+    placement,
     signals,
     startup,
     step as step_lib,
@@ -24,8 +25,11 @@ from t5like.training.evaluation import HeldOut
 from t5like.training.init_from import InitFrom
 from t5like.training.optimizers import Optimizer
 from t5like.training.running import Batch, FitResult, Loop, in_training
-from t5like.training.state import TrainState
+from t5like.training.sharding import Sharding, put_replicated
+from t5like.training.state import Frozen, TrainState
 from t5like.training.tracks import Track
+
+_ALL_DATA = Sharding()
 
 
 def fit(
@@ -52,9 +56,10 @@ def fit(
     points: frozenset[int] = frozenset(),
     accumulate: int = 1,
     init_from: InitFrom | None = None,
-    frozen: Any = None,
+    frozen: Frozen | None = None,
     after_step: Callable[[TrainState], TrainState] | None = None,
-    mesh: jax.sharding.Mesh | None = None,
+    sharding: Sharding = _ALL_DATA,
+    devices: Sequence[jax.Device] | None = None,
     hash_fn: Callable[[Batch], Any] | None = None,
     progress: bool = True,
     tensorboard: bool = True,
@@ -63,15 +68,17 @@ def fit(
     """Trains until `total_steps` updates are done, going on from the workdir's last checkpoint.
 
     Args:
-      init_fn: key -> parameters, those of all tracks; traced.
+      init_fn: key -> parameters, those of all tracks, in boxes that name their axes where they
+        may be split (see t5like/models/partitioning.py); traced.
       tracks: {name: what is trained under that name}, see tracks.py. Each is compiled once, when
         its first batch comes.
       plan: total steps -> which track each step trains.
       optimizer: a description from optimizers.py.
       total_steps: updates of the whole run; see budget.py. More than before extends a run.
       batches: start step -> endless iterator of (step, host batch), the batch being a function
-        of the step (and of the plan); step s makes update s + 1. Closed in the end, where it has
-        a `close`.
+        of the step (and of the plan); step s makes update s + 1. Of several processes each
+        gives the rows that it holds, see Sharding.local_rows. Closed in the end, where it has a
+        `close`.
       seed: seeds initial parameters and, with the step, everything drawn on devices.
       workdir: gets metrics.jsonl, checkpoints/ and tensorboard/.
       config_text: kept in every checkpoint as config.gin.
@@ -88,7 +95,8 @@ def fit(
       accumulate: micro-batches an update.
       init_from: where a fresh run's parameters come from.
       frozen, after_step: trees that losses read; how to change the state after an update.
-      mesh: see mesh.py; all devices by default.
+      sharding: the mesh, and what lies where on it.
+      devices: of the mesh; all by default.
       hash_fn: batch -> hash; lines then carry "batch_hash", a hash over their interval.
       progress, tensorboard: whether to write to the screen and to TensorBoard.
       stop: a flag to look at in place of catching SIGTERM here.
@@ -99,7 +107,7 @@ def fit(
       Preempted: after SIGTERM, with the state saved. The signal is looked for after every
         update and between the batches of an evaluation.
     """
-    mesh = mesh or mesh_lib.make_mesh()
+    mesh = sharding.mesh(devices)
     evals = evals or {}
     folder = epath.Path(workdir)
     record = {
@@ -111,17 +119,18 @@ def fit(
     transform = optimizer.build(total_steps)
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(signals.catch_sigterm())
-        stack.enter_context(jax.set_mesh(mesh))
+        stack.enter_context(sharding.in_force(mesh))
         checkpoints = Checkpoints(
             folder / "checkpoints", keep=keep, best_metric=keep_best, points=points
         )
         stack.callback(checkpoints.close)
+        template = placement.template(init_fn, transform, sharding, mesh, frozen)
         state, info = startup.restore_or_init(
             checkpoints,
             init_fn=init_fn,
             transform=transform,
             seed=seed,
-            mesh=mesh,
+            template=template,
             frozen=frozen,
             init_from=init_from,
             vocabulary=vocabulary_fingerprint,
@@ -159,7 +168,7 @@ def fit(
                 declares=track.paths,
                 accumulate=accumulate,
                 after_step=after_step,
-                out_shardings=mesh_lib.replicated(mesh),
+                places=placement.shardings(template),
             )
             for name, track in tracks.items()
         }
@@ -173,8 +182,11 @@ def fit(
             updates=updates,
             eval_steps=eval_steps,
             evals=evals,
-            mesh=mesh,
-            seed=seed,
+            put=functools.partial(sharding.put_batch, mesh),
+            keys=[
+                put_replicated(step_lib.run_key(seed, stream), mesh)
+                for stream in (step_lib.STEP_STREAM, step_lib.EVAL_STREAM)
+            ],
             every=every,
             checkpoints=checkpoints,
             record=(record, config_text),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,10 +15,8 @@ from t5like.data.plans import Plan
 from t5like.training import (
     cadence,
     evaluation,
-    mesh as mesh_lib,
     peaks,
     signals,
-    step as step_lib,
     tracks as tracks_lib,
 )
 from t5like.training.evaluation import HeldOut
@@ -69,8 +66,8 @@ class Loop:
         updates,
         eval_steps,
         evals,
-        mesh,
-        seed,
+        put,
+        keys,
         every,
         checkpoints,
         record,
@@ -82,11 +79,7 @@ class Loop:
         self._tracks, self._plan, self._evals = tracks, plan, evals
         self._updates, self._eval_steps = updates, eval_steps
         self._compiled: dict[str, jax.stages.Compiled] = {}
-        self._put = functools.partial(mesh_lib.put_batch, mesh=mesh)
-        self._keys = [
-            mesh_lib.put_replicated(step_lib.run_key(seed, stream), mesh)
-            for stream in (step_lib.STEP_STREAM, step_lib.EVAL_STREAM)
-        ]
+        self._put, self._keys = put, keys
         self._every, self._checkpoints, self._outputs = every, checkpoints, outputs
         self._record, self._config_text = record
         self._hash_fn, self._stop, self._keep_best = hash_fn, stop, keep_best

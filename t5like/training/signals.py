@@ -6,6 +6,8 @@ import contextlib
 import signal
 from collections.abc import Iterator
 
+from t5like.training import distributed
+
 
 class Preempted(Exception):
     """The run was asked to stop and its state is saved; command lines exit with `exit_status`."""
@@ -21,7 +23,7 @@ class Preempted(Exception):
 
 
 class StopFlag:
-    """Whether the process has been asked to stop."""
+    """Whether this process has been asked to stop, and whether all of them do."""
 
     def __init__(self):
         self.requested = False
@@ -29,6 +31,16 @@ class StopFlag:
     def request(self, *_) -> None:
         """Asks; a signal handler."""
         self.requested = True
+        distributed.want("stop")
+
+    def agreed(self) -> bool:
+        """Whether to stop here.
+
+        Of several processes all have the same answer, as long as all ask equally often: any one
+        that has been asked to stop stops all, a few questions later.
+        """
+        agreement = distributed.agreement("stop")
+        return self.requested if agreement is None else agreement.check()
 
 
 @contextlib.contextmanager

@@ -11,12 +11,12 @@ from absl import logging
 
 from t5like.data.plans import Plan
 from t5like.errors import UserError
-from t5like.training import identity, mesh as mesh_lib, state as state_lib, step as step_lib
+from t5like.training import identity, placement, step as step_lib
 from t5like.training.cadence import Every
 from t5like.training.checkpoints import Checkpoints
 from t5like.training.init_from import InitFrom
 from t5like.training.optimizers import Optimizer
-from t5like.training.state import TrainState
+from t5like.training.state import Frozen, TrainState
 
 
 def restore_or_init(
@@ -25,36 +25,32 @@ def restore_or_init(
     init_fn: Callable[[jax.Array], Any],
     transform: optax.GradientTransformation,
     seed: int,
-    mesh: jax.sharding.Mesh,
-    frozen: Any = None,
+    template: TrainState,
+    frozen: Frozen | None = None,
     init_from: InitFrom | None = None,
     vocabulary: str = "",
     check: Callable[[dict[str, Any]], None] = lambda info: None,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Returns (state, the checkpoint's info or {} for a fresh run), replicated over the mesh.
+    """Returns (state, the checkpoint's info or {} for a fresh run), placed as `template` says.
+
+    No device, and no host, ever holds more than its part of it.
 
     Args:
       init_fn: key -> parameters; traced, and run only when there is no checkpoint.
+      template: see placement.template.
       check: called with the info of a checkpoint before it is used; may raise.
 
     Raises:
       UserError: see Checkpoints.restore_latest and InitFrom.apply.
     """
-    key = step_lib.run_key(seed, step_lib.INIT_STREAM)
-
-    def fresh(key):
-        return state_lib.create(init_fn(key), transform)
-
-    template = jax.eval_shape(fresh, key).replace(frozen=frozen)
-    template = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=mesh_lib.replicated(mesh)),
-        template,
-    )
     found = checkpoints.restore_latest(template, check)
     if found is not None:
         return found
-    state = jax.jit(fresh, out_shardings=mesh_lib.replicated(mesh))(key)
-    state = state.replace(frozen=mesh_lib.put_replicated(frozen, mesh))
+    fresh = placement.fresh_state(init_fn, transform)
+    places = placement.shardings(template.replace(frozen=None))
+    state = jax.jit(fresh, out_shardings=places)(step_lib.run_key(seed, step_lib.INIT_STREAM))
+    if frozen is not None:
+        state = state.replace(frozen=frozen.read(template.frozen))
     return (state if init_from is None else init_from.apply(state, template, vocabulary)), {}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -35,3 +37,35 @@ def create(params: Any, transform: optax.GradientTransformation, frozen: Any = N
         opt_state=transform.init(params),
         frozen=frozen,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """What a run's `frozen` will be: shapes now, values when it is known where they go.
+
+    Attributes:
+      shapes: nested dict of jax.ShapeDtypeStruct, in boxes that name their axes where they may be
+        split (see t5like/models/partitioning.py).
+      read: that tree without boxes and with shardings -> arrays placed by them.
+    """
+
+    shapes: Any
+    read: Callable[[Any], Any]
+
+    @classmethod
+    def of(cls, tree: Any) -> Frozen:
+        """A tree of arrays that are at hand."""
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+        def read(template: Any) -> Any:
+            return jax.device_put(tree, jax.tree.map(lambda x: x.sharding, template))
+
+        return cls(shapes, read)
+
+    @classmethod
+    def joined(cls, parts: Mapping[str, Frozen]) -> Frozen:
+        """Several under names of their own."""
+        return cls(
+            {name: part.shapes for name, part in parts.items()},
+            lambda template: {name: part.read(template[name]) for name, part in parts.items()},
+        )

@@ -9,10 +9,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 
 from t5like.errors import UserError
 from t5like.training import tracks as tracks_lib
 from t5like.training.schedules import ScheduleFn
+from t5like.training.sharding import replicated
 from t5like.training.state import TrainState
 from t5like.training.terms import Term
 
@@ -45,7 +47,7 @@ def make_train_step(
     declares: frozenset[tracks_lib.Path] | None = None,
     accumulate: int = 1,
     after_step: Callable[[TrainState], TrainState] | None = None,
-    out_shardings: Any = None,
+    places: TrainState | None = None,
 ) -> Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, StepMetrics]]:
     """The jitted update (state, batch, key) -> (state, metrics); the state is donated.
 
@@ -63,12 +65,15 @@ def make_train_step(
         optimiser keeps for them, stay as they are to the bit. None: all.
       accumulate: micro-batches an update.
       after_step: state -> state, after the update (moving-average teachers).
-      out_shardings: shardings of the returned (state, metrics); None lets jax choose.
+      places: the state's shardings, see placement.template; gradients lie as the parameters do.
+        None lets jax choose.
 
     The key is the run's; step s draws from `fold_in(key, s)`, so what a step draws depends on
     the seed and the step alone.
     """
-    gradients = _accumulated(loss_fn, accumulate) if accumulate > 1 else _whole(loss_fn)
+    pinned = _pinned_to(None if places is None else places.params)
+    whole = _whole(loss_fn)
+    gradients = _accumulated(loss_fn, accumulate, pinned) if accumulate > 1 else whole
 
     def train_step(state, batch, key):
         key = jax.random.fold_in(key, state.step)
@@ -76,6 +81,7 @@ def make_train_step(
         grads, terms = gradients(seen, state.frozen, batch, key)
         if declares is not None:
             grads = tracks_lib.filled(grads, state.params)
+        grads = pinned(grads)
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         params, opt_state = tracks_lib.keep_undeclared(
@@ -92,8 +98,25 @@ def make_train_step(
             state = after_step(state)
         return state, StepMetrics(terms=terms, scalars=scalars)
 
-    kwargs = {} if out_shardings is None else {"out_shardings": out_shardings}
-    return jax.jit(train_step, donate_argnums=0, **kwargs)
+    if places is None:
+        return jax.jit(train_step, donate_argnums=0)
+    everywhere = replicated(places.step.mesh)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(places, everywhere))
+
+
+def _pinned_to(places: Any) -> Callable[[Any], Any]:
+    """Lays a tree like the parameters, or a part of it, out as they are."""
+    if places is None:
+        return lambda tree: tree
+    by_path = traverse_util.flatten_dict(places)
+
+    def pin(tree: Any) -> Any:
+        flat = traverse_util.flatten_dict(tree)
+        return traverse_util.unflatten_dict(
+            {p: jax.lax.with_sharding_constraint(leaf, by_path[p]) for p, leaf in flat.items()}
+        )
+
+    return pin
 
 
 def make_eval_step(
@@ -147,7 +170,7 @@ def _whole(loss_fn: LossFn):
     return lambda params, frozen, batch, key: grad(params, frozen, batch, key, None)
 
 
-def _accumulated(loss_fn: LossFn, parts: int):
+def _accumulated(loss_fn: LossFn, parts: int, pinned: Callable[[Any], Any]):
     grad = _value_and_grad(loss_fn)
 
     def gradients(params, frozen, batch, key):
@@ -163,9 +186,9 @@ def _accumulated(loss_fn: LossFn, parts: int):
 
         def add(total, part):
             grads, terms = grad(params, frozen, part[0], part[1], weights)
-            return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads), terms
+            return pinned(jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads)), terms
 
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        zeros = pinned(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
         total, terms = jax.lax.scan(add, zeros, (micro, keys))
         total = jax.tree.map(lambda g, p: g.astype(p.dtype), total, params)
         return total, jax.tree.map(lambda x: jnp.sum(x, axis=0), terms)

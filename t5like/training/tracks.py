@@ -7,7 +7,7 @@ of one network must leave all others as they were, to the bit: no weight decay, 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -85,10 +85,20 @@ def keep_undeclared(new: Any, old: Any, params: Any, paths: frozenset[Path] | No
     known = paths_of(params)
 
     def choose(path, new_leaf, old_leaf):
-        names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-        ends = (names[start:] for start in range(len(names)))
-        # The longest: "head/kernel" is also how the path of "model/head/kernel" ends.
-        owner = next((end for end in ends if end in known), None)
+        owner = owner_of(path, known)
         return new_leaf if owner is None or owner in paths else old_leaf
 
     return jax.tree_util.tree_map_with_path(choose, new, old)
+
+
+def owner_of(path: Sequence[Any], known: Collection[Path]) -> Path | None:
+    """The parameter that a leaf of an optimiser's state belongs to: its path ends in that one's.
+
+    Args:
+      path: of the leaf, as jax.tree_util gives it.
+      known: paths of all parameters.
+    """
+    names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+    ends = (names[start:] for start in range(len(names)))
+    # The longest: "head/kernel" is also how the path of "model/head/kernel" ends.
+    return next((end for end in ends if end in known), None)

@@ -50,13 +50,37 @@ def test_a_batch_is_a_function_of_seed_and_step(settings):
     assert Pipeline.hash(other.batch(0)) != Pipeline.hash(batches[0])
 
 
-@pytest.mark.parametrize("settings", VARIANTS)
-@pytest.mark.parametrize("shard_count", [2, 4, 8])
-def test_shards_are_slices_of_the_global_batch(settings, shard_count):
-    whole = pipeline(**settings).batch(3)
-    shards = [pipeline(**settings).batch(3, i, shard_count) for i in range(shard_count)]
-    joined = {name: np.concatenate([shard[name] for shard in shards]) for name in whole}
-    both_equal(joined, whole)
+def ranges_of(batch_size):
+    bounds = st.lists(st.integers(0, batch_size - 1), min_size=2, max_size=2).map(sorted)
+    return st.lists(bounds.map(lambda b: range(b[0], b[1] + 1)), min_size=1, max_size=3).map(tuple)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@settings(max_examples=15, deadline=None)
+@given(rows=ranges_of(8), step=st.integers(0, 300))
+def test_rows_are_those_of_the_whole_batch(variant, rows, step):
+    """Asked alone, by another process, rows are what they are in the whole batch."""
+    chosen = [row for part in rows for row in part]
+    whole = pipeline(**variant).batch(step)
+    both_equal(
+        pipeline(**variant).batch(step, rows), {name: x[chosen] for name, x in whole.items()}
+    )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rows_of_a_pass_are_those_of_its_whole_batches(variant):
+    rows = (range(6, 8), range(1, 3))
+    parts = list(pipeline(**variant).one_pass(rows=rows))
+    wholes = list(pipeline(**variant).one_pass())
+    assert len(parts) == len(wholes) > 1
+    for part, whole in zip(parts, wholes, strict=True):
+        both_equal(part, {name: x[[6, 7, 1, 2]] for name, x in whole.items()})
+
+
+def test_rows_outside_of_the_batch_are_refused():
+    for rows in [(range(7, 9),), (range(0, 4, 2),), (range(3, 3),), (range(-1, 2),)]:
+        with pytest.raises(ValueError, match="of a batch of 8"):
+            pipeline().batch(0, rows)
 
 
 @pytest.mark.parametrize("settings", VARIANTS)
@@ -212,11 +236,6 @@ class TooLong(Copy):
 def test_settings_that_cannot_work_are_refused_at_once(components, settings, message):
     with pytest.raises(UserError, match=message):
         pipeline(*components, **settings)
-
-
-def test_a_batch_that_hosts_cannot_share_is_refused():
-    with pytest.raises(UserError, match="multiple of 3"):
-        pipeline().batch(0, 0, 3)
 
 
 def test_a_broken_bound_names_the_example():

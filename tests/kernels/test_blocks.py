@@ -189,3 +189,57 @@ def test_the_grids_of_a_tpus_kernels_are_as_long_as_the_list():
     needed = active(problem_of(mask, 4096, 256))
     assert needed < 0.6 * 256
     assert all(math.prod(grid) / heads <= 1.05 * needed for grid in found)
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        masks.Causal(),
+        masks.SlidingWindow(20, 9) | masks.GlobalTokens(count=1),
+        masks.BigBird(32, 1, 1, 1),
+        masks.Causal() & masks.Segments(*[np.arange(192)[None] // 50] * 2),
+        masks.BlockIndex(np.array([[2, 0], [1, -1], [-1, -1]])[None, None], 64, 64),
+    ],
+)
+def test_parts_of_the_queries_list_their_own_blocks(mask, on_host):
+    """Three devices together list what one device would, each in its own order, whether it knows
+    the mask's arrays beforehand or not; what it is to have is bounded by the longest list."""
+    length, count, block = 192, 3, 16
+
+    def make(part, mask):
+        mask = masks.Part(mask, part, count)
+        return make_problem(mask, length // count, length, (block, block), scale=1.0, soft_cap=None)
+
+    whole = check(mask, length, length, (block, block), on_host=True, batch=1, heads=1)
+    expected = np.asarray(whole.by_row.flags) & ACTIVE != 0
+    places = np.stack([whole.by_row.rows, whole.by_row.cols])[:, expected]
+    rows = length // count // block
+    call = jax.jit(lambda part: make(part, mask)) if on_host else jax.jit(make)
+    for part in range(count):
+        problem = call(jnp.int32(part), *([] if on_host else [mask]))
+        here = places[:, places[0] // rows == part] - [[rows * part], [0]]
+        for blocks in (problem.by_row, problem.by_col):
+            is_active = np.asarray(blocks.flags) & ACTIVE != 0
+            found = np.stack([blocks.rows, blocks.cols])[:, is_active]
+            assert sorted(map(tuple, found.T)) == sorted(map(tuple, here.T))
+        assert blocks.num_steps <= blocks.rows.shape[-1]
+        seen = put_together(problem, 1, 1, "by_row")[0, 0]
+        own = slice(part * length // count, (part + 1) * length // count)
+        np.testing.assert_array_equal(seen, mask.dense(length, length)[0, 0, own])
+
+
+def test_a_part_pays_for_no_other_parts_blocks():
+    """A window's list on one of eight devices is an eighth of the row's and its edges."""
+    mask, length = masks.SlidingWindow(64, 64), 4096
+    problem = jax.jit(
+        lambda part, ids: make_problem(
+            masks.Part(mask & masks.Segments(ids, ids), part, 8),
+            length // 8,
+            length,
+            (64, 64),
+            scale=1.0,
+            soft_cap=None,
+        )
+    )(jnp.int32(3), jnp.ones((1, length), jnp.int32))
+    assert problem.by_row.rows.shape[-1] == 3 * 8

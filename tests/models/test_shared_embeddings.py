@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import traverse_util
+from flax import linen as nn, traverse_util
 
 from t5like.models.transformer import Transformer
 from tests.models.conftest import quick_jit
@@ -50,7 +50,8 @@ def test_a_model_that_reads_anothers_embeddings_has_none(tiny):
         def run(module, embedded):
             return module.logits(module.hidden(batch, embedded=embedded), embedder.token_embedder)
 
-        return other.init(jax.random.key(0), embedder.embed(batch), method=run)["params"]
+        boxed = other.init(jax.random.key(0), embedder.embed(batch), method=run)
+        return nn.unbox(boxed)["params"]
 
     batch = tiny.batch(config.architecture)
     names = traverse_util.flatten_dict(jax.eval_shape(whole, batch), sep="/")

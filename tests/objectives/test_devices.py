@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
 import numpy as np
 
@@ -18,7 +19,7 @@ from t5like.data.examples import Record
 from t5like.data.layout import lay_out
 from t5like.data.rng import generator
 from t5like.models.config import ModelConfig
-from t5like.training import mesh as mesh_lib
+from t5like.training.sharding import Sharding, put_replicated
 from tests.objectives.toy_corpus import VOCABULARY, toy_corpus
 
 OBJECTIVES = {
@@ -45,7 +46,7 @@ def terms_on(objective, devices):
         head_dim=8,
     )  # fmt: skip
     network = bound.network(config)
-    shapes = jax.eval_shape(network.init, {"params": jax.random.key(0)}, batch)["params"]
+    shapes = nn.unbox(jax.eval_shape(network.init, {"params": jax.random.key(0)}, batch))["params"]
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: np.float32(rng.normal(scale=0.3, size=x.shape)), shapes)
 
@@ -53,11 +54,12 @@ def terms_on(objective, devices):
         terms = bound.losses(network.apply, params, None, batch, key, False)
         return {name: (term.sum, term.weight) for name, term in terms.items()}
 
-    mesh = mesh_lib.make_mesh(jax.devices()[:devices])
-    with jax.set_mesh(mesh):
-        put = mesh_lib.put_batch(batch, mesh)
+    sharding = Sharding()
+    mesh = sharding.mesh(jax.devices()[:devices])
+    with sharding.in_force(mesh):
+        put = sharding.put_batch(mesh, batch)
         assert put["encoder_input_tokens"].addressable_shards[0].data.shape[0] == ROWS // devices
-        inputs = mesh_lib.put_replicated((params, jax.random.key(3)), mesh)
+        inputs = put_replicated((params, jax.random.key(3)), mesh)
         quick = {"xla_backend_optimization_level": 0}
         return jax.device_get(jax.jit(losses, compiler_options=quick)(inputs[0], put, inputs[1]))
 

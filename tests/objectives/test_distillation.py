@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +38,7 @@ def config(architecture, width=16, layers=1, **changes):
 
 def parameters(network, batch, seed):
     """Drawn here: an initialiser takes seconds to compile."""
-    shapes = jax.eval_shape(network.init, {"params": jax.random.key(0)}, batch)["params"]
+    shapes = nn.unbox(jax.eval_shape(network.init, {"params": jax.random.key(0)}, batch))["params"]
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: np.float32(rng.normal(scale=0.3, size=x.shape)), shapes)
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -295,7 +296,7 @@ def made(objective, rows=3, scale=0.3, **fields):
         bos_id=0, pad_id=0, features=objective.features,
     )  # fmt: skip
     network = objective.network(config(objective.setting.architecture, **fields))
-    shapes = jax.eval_shape(network.init, {"params": jax.random.key(0)}, batch)["params"]
+    shapes = nn.unbox(jax.eval_shape(network.init, {"params": jax.random.key(0)}, batch))["params"]
     rng = np.random.default_rng(0)  # drawn here: an initialiser takes seconds to compile
     params = jax.tree.map(lambda x: np.float32(rng.normal(scale=scale, size=x.shape)), shapes)
     return network, params, batch

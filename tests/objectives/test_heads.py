@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,7 +49,7 @@ def made(objective, architecture, setting, record, rows=3, length=32):
         pad_id=0,
     )
     network = bound.network(config(architecture))
-    shapes = jax.eval_shape(network.init, {"params": jax.random.key(0)}, batch)["params"]
+    shapes = nn.unbox(jax.eval_shape(network.init, {"params": jax.random.key(0)}, batch))["params"]
     rng = np.random.default_rng(0)  # drawn here: an initialiser takes seconds to compile
     params = jax.tree.map(lambda x: np.float32(rng.normal(scale=0.3, size=x.shape)), shapes)
     return bound, network, params, batch

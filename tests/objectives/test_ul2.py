@@ -6,6 +6,7 @@ import dataclasses
 import re
 import types
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -334,7 +335,7 @@ def trained(setting):
         head_dim=8,
     )  # fmt: skip
     network = bound.network(config)
-    shapes = jax.eval_shape(network.init, {"params": jax.random.key(0)}, batch)["params"]
+    shapes = nn.unbox(jax.eval_shape(network.init, {"params": jax.random.key(0)}, batch))["params"]
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: np.float32(rng.normal(scale=0.3, size=x.shape)), shapes)
 

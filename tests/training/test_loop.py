@@ -15,6 +15,8 @@ from t5like.training.init_from import InitFrom
 from t5like.training.meter import NonFiniteLoss
 from t5like.training.optimizers import AdamW
 from t5like.training.schedules import Cosine
+from t5like.training.sharding import Sharding
+from t5like.training.state import Frozen
 from t5like.training.terms import Term
 
 TIMINGS = ("tokens_per_second", "mfu")
@@ -148,9 +150,7 @@ def test_metrics_are_fetched_once_a_log_line(toy, monkeypatch):
 
 
 def test_an_implicit_host_transfer_in_a_step_is_an_error(toy, monkeypatch):
-    from t5like.training import mesh
-
-    monkeypatch.setattr(mesh, "put_batch", lambda batch, mesh: batch)
+    monkeypatch.setattr(Sharding, "put_batch", lambda self, mesh, batch: batch)
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         toy.fit(3)
 
@@ -296,7 +296,8 @@ def test_frozen_trees_reach_the_loss_and_survive_a_resume(toy, toy_parts):
         teacher = 0.5 * (state.frozen["teacher"] + state.params["layer"]["kernel"])
         return state.replace(frozen={"teacher": teacher})
 
-    options = dict(loss_fn=loss_fn, frozen={"teacher": np.ones((4, 3), "f")}, after_step=follow)
+    frozen = Frozen.of({"teacher": np.ones((4, 3), "f")})
+    options = dict(loss_fn=loss_fn, frozen=frozen, after_step=follow)
     halfway = toy.fit(3, **options).state.frozen["teacher"]
     assert not np.array_equal(halfway, np.ones((4, 3)))
     toy.fit(6, **options)

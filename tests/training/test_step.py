@@ -128,7 +128,8 @@ def test_a_batch_that_does_not_divide_is_refused(toy_parts):
 SEVERAL_DEVICES = """
 import jax, jax.numpy as jnp, numpy as np
 from t5like.errors import UserError
-from t5like.training import mesh as mesh_lib, optimizers, state as state_lib, step as step_lib
+from t5like.training import optimizers, placement, step as step_lib
+from t5like.training.sharding import Sharding, put_replicated
 from t5like.training.terms import Term
 assert jax.device_count() == 4
 
@@ -142,22 +143,25 @@ params = {"w": rng.normal(size=(8, 8)).astype("f")}
 optimizer = optimizers.AdamW()
 transform = optimizer.build(10)
 results = []
+sharding = Sharding()
 for count, accumulate in ((1, 1), (4, 1), (4, 4)):
-    mesh = mesh_lib.make_mesh(jax.devices()[:count])
-    with jax.set_mesh(mesh):
+    mesh = sharding.mesh(jax.devices()[:count])
+    with sharding.in_force(mesh):
+        template = placement.template(lambda key: params, transform, sharding, mesh)
         update = step_lib.make_train_step(
             loss_fn, transform, optimizer.schedule(10), accumulate=accumulate,
-            out_shardings=mesh_lib.replicated(mesh))
-        state = mesh_lib.put_replicated(state_lib.create(params, transform), mesh)
-        put = mesh_lib.put_batch(batch, mesh)
+            places=placement.shardings(template))
+        state = placement.fresh_state(lambda key: params, transform)(None)
+        state = jax.device_put(state, placement.shardings(template))
+        put = sharding.put_batch(mesh, batch)
         assert put["x"].addressable_shards[0].data.shape[0] == 16 // count
-        key = mesh_lib.put_replicated(step_lib.run_key(0, 1), mesh)
+        key = put_replicated(step_lib.run_key(0, 1), mesh)
         results.append(jax.device_get(update(state, put, key)))
 for other in results[1:]:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
                  results[0], other)
 try:
-    mesh_lib.put_batch({"x": np.zeros((6, 2))}, mesh_lib.make_mesh())
+    sharding.put_batch(sharding.mesh(), {"x": np.zeros((6, 2))})
 except UserError as error:
     assert "6 rows" in str(error)
 else:

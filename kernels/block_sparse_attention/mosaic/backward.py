@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels.block_sparse_attention import cost
 from kernels.block_sparse_attention.manual import vary_like
 from kernels.block_sparse_attention.mosaic.backward_keys import dkv_kernel
 from kernels.block_sparse_attention.mosaic.backward_queries import dq_kernel
@@ -51,10 +52,18 @@ def backward(
     inputs = (q, k, v, d_out.astype(q.dtype), lse * LOG2_E, delta, *operands)
     by_row = Lines.arrays(problem.by_row, by_row=True)
     by_col = Lines.arrays(problem.by_col, by_row=False)
-    dq = dq_kernel(problem, q, k, interpret)(*by_row, *inputs)
+    rows = cost.told(dq_kernel(problem, q, k, interpret), cost.d_queries(problem, q, k, v))
+    dq = rows(*by_row, *inputs)
     # Registers hold both sums of a block of keys, or one where heads are large.
     together = [("dk", "dv")] if q.shape[-1] <= 128 else [("dk",), ("dv",)]
-    calls = [dkv_kernel(problem, q, k, interpret, wanted) for wanted in together]
+    products = {("dk", "dv"): 4, ("dk",): 3, ("dv",): 2}
+    calls = [
+        cost.told(
+            dkv_kernel(problem, q, k, interpret, wanted),
+            cost.d_keys(problem, q, k, v, products[wanted]),
+        )
+        for wanted in together
+    ]
     dk, dv = (x for call in calls for x in call(*by_col, *inputs))
     return None, *vary_like((dq, _over_group(dk, k), _over_group(dv, v)), *inputs)
 

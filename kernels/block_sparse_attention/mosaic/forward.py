@@ -10,6 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels.block_sparse_attention import cost
 from kernels.block_sparse_attention.manual import vary_like
 from kernels.block_sparse_attention.mosaic import copies
 from kernels.block_sparse_attention.mosaic.lines import WARPGROUP, Lines, Plan, kv_head
@@ -180,5 +181,6 @@ def forward(
     )
     operands = [jnp.asarray(x) for x in (*problem.query, *problem.key)]
     lists = Lines.arrays(problem.by_row, by_row=True)
+    call = cost.told(call, cost.forward(problem, q, k, v))
     out, lse = call(*lists, q, k, v, *operands)
     return vary_like((out, lse), q, k, v)

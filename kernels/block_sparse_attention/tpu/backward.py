@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.bias import Lowered
+from kernels.block_sparse_attention import cost
 from kernels.block_sparse_attention.manual import struct, vary_like
 from kernels.block_sparse_attention.problem import ACTIVE, FIRST, LAST, Problem
 from kernels.block_sparse_attention.softmax import LOG2_E
@@ -144,6 +145,7 @@ def _rows(
         out_shape=shapes,
         input_output_aliases=aliases,
         compiler_params=steps.compiler_params(),
+        cost_estimate=cost.d_queries(problem, q, k, v),
         interpret=interpret,
         name="block_sparse_attention_dq",
     )(*steps.words, *arrays, more, *totals)
@@ -221,6 +223,7 @@ def _by_col(problem, bias, q, k, v, saved, d_out, interpret) -> tuple[jax.Array,
         ),
         out_shape=[struct(shape, dtype, q, k, v, d_out)] * 2,
         compiler_params=steps.compiler_params(),
+        cost_estimate=cost.d_keys(problem, q, k, v),
         interpret=interpret,
         name="block_sparse_attention_dkv",
     )(*steps.words, *arrays, more)

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.bias import Lowered
+from kernels.block_sparse_attention import cost
 from kernels.block_sparse_attention.manual import struct
 from kernels.block_sparse_attention.problem import FIRST, LAST, Problem
 from kernels.block_sparse_attention.softmax import LOWEST
@@ -43,6 +44,7 @@ def _forward(
     bq, bk = problem.block_q, problem.block_kv
     steps = Steps.of(problem, "row", q, k)
     logits = Logits.of(problem, bias, steps)
+    estimate = cost.forward(problem, q, k, v)
     q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
     v = v.reshape(v.shape[0], -1, bk, head_dim).swapaxes(2, 3)
     rows = steps.spec((None, bq, head_dim), lambda at: (at.head, at.row, 0))
@@ -73,6 +75,7 @@ def _forward(
             struct((batch * heads, q_len // bq, 1, bq), jnp.float32, q, k, v),
         ],
         compiler_params=steps.compiler_params(),
+        cost_estimate=estimate,
         interpret=interpret,
         name="block_sparse_attention_forward",
     )(*steps.words, *arrays, more)

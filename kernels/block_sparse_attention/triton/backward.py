@@ -11,6 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels.bias import Lowered
+from kernels.block_sparse_attention import cost
 from kernels.block_sparse_attention.manual import struct
 from kernels.block_sparse_attention.problem import Problem
 from kernels.block_sparse_attention.softmax import LOG2_E
@@ -51,27 +52,35 @@ def gradients(
     operands = problem.query, problem.key, problem.pair
     arrays = q, k, v, lse * LOG2_E, delta, d_out
     for_columns, for_rows = tilings
-    d_k, d_v = pl.pallas_call(
+    of_columns = cost.d_keys(problem, q, k, v)
+    columns = pl.pallas_call(
         functools.partial(_columns, problem=problem, tiling=for_columns, interpret=interpret),
         grid=(kv_heads, batch, kv_len // for_columns.kv),
         out_shape=[struct(k.shape, k.dtype, arrays)] * 2,
         compiler_params=for_columns.params,
+        cost_estimate=of_columns,
         interpret=interpret,
         name="block_sparse_attention_dkv",
-    )(
+    )
+    d_k, d_v = cost.told(columns, of_columns)(
         lines(problem, by_row=False, heads=heads // kv_heads),
         operands,
         for_kernel(bias, q_len, transposed=True),
         *arrays,
     )
-    d_q = pl.pallas_call(
+    of_rows = cost.d_queries(problem, q, k, v)
+    rows = pl.pallas_call(
         functools.partial(_rows, problem=problem, tiling=for_rows, interpret=interpret),
         grid=(heads, batch, q_len // for_rows.q),
         out_shape=struct(q.shape, q.dtype, arrays),
         compiler_params=for_rows.params,
+        cost_estimate=of_rows,
         interpret=interpret,
         name="block_sparse_attention_dq",
-    )(lines(problem, by_row=True), operands, for_kernel(bias, q_len, transposed=False), *arrays)
+    )
+    d_q = cost.told(rows, of_rows)(
+        lines(problem, by_row=True), operands, for_kernel(bias, q_len, transposed=False), *arrays
+    )
     return d_q, d_k, d_v
 
 

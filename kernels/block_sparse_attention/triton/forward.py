@@ -12,6 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels.bias import Lowered
+from kernels.block_sparse_attention import cost
 from kernels.block_sparse_attention.manual import struct
 from kernels.block_sparse_attention.problem import Problem
 from kernels.block_sparse_attention.softmax import LOWEST
@@ -41,9 +42,9 @@ def outputs(
 ) -> tuple[jax.Array, jax.Array]:
     """(out [B, H, Q, Dh], lse float32 [B, H, Q]); Dh is a power of two."""
     batch, heads, q_len, _ = q.shape
-    work = lines(problem, by_row=True)
+    estimate = cost.forward(problem, q, k, v)
     kernel = functools.partial(_kernel, problem=problem, tiling=tiling, interpret=interpret)
-    return pl.pallas_call(
+    call = pl.pallas_call(
         kernel,
         grid=(heads, batch, q_len // tiling.q),
         out_shape=(
@@ -51,10 +52,12 @@ def outputs(
             struct((batch, heads, q_len), jnp.float32, q, k, v),
         ),
         compiler_params=tiling.params,
+        cost_estimate=estimate,
         interpret=interpret,
         name="block_sparse_attention_forward",
-    )(
-        work,
+    )
+    return cost.told(call, estimate)(
+        lines(problem, by_row=True),
         (problem.query, problem.key, problem.pair),
         for_kernel(bias, q_len, transposed=False),
         q,

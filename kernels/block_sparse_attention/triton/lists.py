@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.block_sparse_attention.blocks import running_count
+from kernels.block_sparse_attention.compact import running_count
 from kernels.block_sparse_attention.order import longest_first
 from kernels.block_sparse_attention.problem import ACTIVE, PARTIAL, Problem
 

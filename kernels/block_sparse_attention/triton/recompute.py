@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from kernels.block_sparse_attention import cost
 from kernels.block_sparse_attention.manual import struct
 from kernels.block_sparse_attention.problem import Problem
 from kernels.block_sparse_attention.triton.biases import KernelBias
@@ -48,14 +49,18 @@ class Launch:
     interpret: bool
 
     def __call__(self, kernel: Callable, grid: tuple[int, int, int], shape: tuple[int, ...], *args):
-        return pl.pallas_call(
+        inputs = args[-1]
+        estimate = cost.d_bias(self.problem, inputs.q, inputs.k, inputs.v)
+        call = pl.pallas_call(
             functools.partial(kernel, launch=self),
             grid=grid,
             out_shape=struct(shape, jnp.float32, args),
             compiler_params=self.tiling.params,
+            cost_estimate=estimate,
             interpret=self.interpret,
             name="block_sparse_attention_bias" + kernel.__name__,
-        )(*args)
+        )
+        return cost.told(call, estimate)(*args)
 
     def d_logits(self, inputs: Inputs, tile: Tile, flags: jax.Array | None) -> jax.Array:
         """Gradient of a tile's biased logits, float32 as it lies."""

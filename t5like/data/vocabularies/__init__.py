@@ -8,12 +8,14 @@ from t5like.data.vocabularies.hugging_face import (
     WordPieceVocabulary,
 )
 from t5like.data.vocabularies.sentencepiece import SentencePieceVocabulary
+from t5like.data.vocabularies.sized import SizedVocabulary
 from t5like.data.vocabularies.trained import TrainedVocabulary
 
 __all__ = [
     "ByteVocabulary",
     "GPT2Vocabulary",
     "SentencePieceVocabulary",
+    "SizedVocabulary",
     "TokenizerJsonVocabulary",
     "TrainedVocabulary",
     "Vocabulary",
