@@ -10,7 +10,11 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # Fewer page faults for XLA's temporaries: a fifth of a small model's step on a CPU.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: train test hardware hardware-tpu hardware-cuda lint lock clean
+.PHONY: train test hardware hardware-tpu hardware-cuda peers race lint lock clean
+
+# No page faults at all: what is freed stays with the process, which then keeps its peak.
+KEEPING_MEMORY := glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0
+KEEPING_MEMORY := $(KEEPING_MEMORY):glibc.malloc.trim_threshold=8589934592
 
 train: .venv/base
 	$(BIN)/python launch/train.py --gin_file=$(PAGE) --workdir=$(WORKDIR) $(ARGS)
@@ -39,13 +43,26 @@ COMPILES := -m pytest --confcutdir=tests/hardware
 hardware-tpu: .venv-tpu/ready
 	.venv-tpu/bin/python $(COMPILES) tests/hardware/test_tpu_compiles.py $(ARGS)
 	.venv-tpu/bin/python $(COMPILES) tests/hardware/test_tpu_schedules.py $(ARGS)
+	.venv-tpu/bin/python $(COMPILES) tests/hardware/test_step_compiles.py $(ARGS)
+	.venv-tpu/bin/python $(COMPILES) tests/hardware/test_tpu_overlap.py $(ARGS)
 
 hardware-cuda: .venv-cuda/ready
 	.venv-cuda/bin/python $(COMPILES) tests/hardware/test_h100_compiles.py $(ARGS)
+	.venv-cuda/bin/python $(COMPILES) tests/hardware/test_h100_overlap.py $(ARGS)
 
-.venv-tpu/ready .venv-cuda/ready: .venv-%/ready: requirements/%.txt requirements/base.txt requirements/test.txt
+# Our steps and decoding beside PyTorch's, on a machine with nothing else to do: some ten minutes.
+peers: .venv-peers/ready
+
+race: export GLIBC_TUNABLES = $(KEEPING_MEMORY)
+race: peers
+	.venv-peers/bin/python -m benchmarks.train_step --out benchmarks/train_step.md $(ARGS)
+	.venv-peers/bin/python -m benchmarks.generate --out benchmarks/generate.md
+
+.venv-tpu/ready .venv-cuda/ready .venv-peers/ready: .venv-%/ready: requirements/%.txt requirements/base.txt requirements/test.txt
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install -qq --disable-pip-version-check -r $<
+	.venv-$*/bin/python -m pip install -qq --disable-pip-version-check --no-deps \
+	  --no-build-isolation -e .
 	touch $@
 
 lint: .venv/test
@@ -57,4 +74,4 @@ lock:
 	$(BIN)/python requirements/lock.py
 
 clean:
-	rm -rf .venv .venv-tpu .venv-cuda build *.egg-info
+	rm -rf .venv .venv-tpu .venv-cuda .venv-peers build *.egg-info

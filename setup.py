@@ -31,12 +31,13 @@ setup(
     packages=find_packages(
         include=["t5like*", "objectives*", "kernels*", "launch*", "gin_configs*"]
     ),
-    package_data={"gin_configs": ["**/*.gin"]},
+    package_data={"gin_configs": ["**/*.gin"], "launch.compiling": ["*.textproto"]},
     install_requires=BASE,
     extras_require={
         "all": TENSORFLOW,
         "test": TENSORFLOW + ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.6"],
         "tpu": ["jax[tpu]"],
+        "gcs": ["gcsfs>=2025.9"],
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
     },

@@ -118,11 +118,13 @@ def contenders_of(case: Case, options: argparse.Namespace) -> list[Contender]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints and writes the table as it comes; returns the exit status."""
-    options = parse(arguments)
-    if options.hardware:
-        from benchmarks.train_step_hardware import measure
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if "--hardware" in arguments:
+        from benchmarks import train_step_hardware
 
-        return measure(options)
+        arguments.remove("--hardware")
+        return train_step_hardware.main(arguments)
+    options = parse(arguments)
     command = f"python -m benchmarks.train_step --rounds {options.rounds} --steps {options.steps}"
     page = Page("Train steps side by side", command, HEADS, options.out)
     for name in options.cases:
@@ -145,9 +147,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="updates a contender and round")
     parser.add_argument("--alone", action="store_true", help="without PyTorch")
     parser.add_argument("--quick", action="store_true", help="one of PyTorch's settings alone")
-    parser.add_argument("--t5x", type=pathlib.Path, help="a folder that holds t5x/")
     parser.add_argument("--out", type=pathlib.Path, help="a file for the same markdown")
-    parser.add_argument("--hardware", action="store_true", help="MFU on this accelerator")
+    parser.add_argument("--hardware", action="store_true", help="see train_step_hardware.py")
     return parser.parse_args(arguments)
 
 

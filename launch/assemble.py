@@ -7,6 +7,7 @@ Every command line assembles here, so that training, evaluation, generation and
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from etils import epath
 
 from launch.run_config import RunConfig
 from objectives.base import Objective, Setting
+from t5like.data.atomic import is_remote
 from t5like.data.corpus import Corpus, build_corpus
 from t5like.data.pipeline import Component, Pipeline
 from t5like.errors import UserError
@@ -47,10 +49,23 @@ class Data:
 
 
 def cache_directory(config: RunConfig, workdir: str | None) -> epath.Path:
-    """Where vocabularies and corpora are built: train.cache_dir, else the workdir's cache."""
+    """Where vocabularies and corpora are built: train.cache_dir, else the workdir's cache.
+
+    They are mapped into memory, which needs a local disk: a workdir in an object store has its
+    cache in this machine's folder for such things.
+    """
     if config.cache_dir is not None:
         return epath.Path(config.cache_dir)
+    if workdir and is_remote(workdir):
+        return local_stand_in(workdir)
     return epath.Path(workdir or "runs") / "cache"
+
+
+def local_stand_in(workdir: str) -> epath.Path:
+    """A folder on this machine for the cache of a remote workdir, the same at every start."""
+    place = workdir.partition("://")[2].strip("/").replace("/", "-")
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return epath.Path(home) / "t5like" / place
 
 
 def resolve_vocabulary(config: RunConfig, cache: epath.Path):

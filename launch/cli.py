@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import traceback
@@ -116,7 +117,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         if status in (0, 143):
             distributed.leave()
             sys.exit(status)
-        distributed.failed(str(problem or f"exit status {status}"), status)
+        distributed.failed(str(problem or "its own words say why"), status)
         sys.stdout.flush()
         # Python's own way out would wait for processes that will not come.
         os._exit(status)
@@ -127,6 +128,9 @@ def run(main: Callable[[list[str]], int | None]) -> None:
             traceback.print_exc()
             _end(UserError(f"{type(error).__name__}: {error}"), 1)
 
+    if importlib.util.find_spec("gcsfs"):
+        # For gs:// epath would rather load TensorFlow, which takes all GPUs for itself.
+        os.environ.setdefault("EPATH_USE_TF", "false")
     try:
         argv = rewrite_gin_arguments(sys.argv)
     except UserError as error:

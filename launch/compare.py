@@ -34,12 +34,14 @@ def main(arguments: list[str]) -> int:
 
     from launch import config
     from launch.comparison.trials import trials
+    from launch.compilations import keep_compilations
     from launch.training import stoppable
 
     compare = config.load(FLAGS.gin_file, FLAGS.gin_bindings, root="compare").run
     workdir = epath.Path(FLAGS.workdir)
     planned = trials(compare, workdir)
-    cache_compilations(workdir)
+    # Runs that differ by their seed alone compile once.
+    keep_compilations(workdir / "cache")
     return stoppable(lambda: run_all(compare, planned, workdir))
 
 
@@ -64,14 +66,6 @@ def by_run(compare, done) -> dict[str, dict[int, dict]]:
         for name in compare.runs
     }
     return {name: results for name, results in found.items() if results}
-
-
-def cache_compilations(workdir) -> None:
-    """Runs that differ by their seed alone compile once."""
-    import jax
-
-    jax.config.update("jax_compilation_cache_dir", str(workdir / "cache" / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
         FLAGS.generate, FLAGS.generate_batch, FLAGS.max_new_tokens, FLAGS.tries, FLAGS.save_hlo
     )
     record = session.compile_run(resolved.run, topology, asked)
-    for line in (*report.lines(record), "", *report.assumptions()):
+    for line in report.lines(record):
         print(line)
     if FLAGS.workdir is not None:
         text = json.dumps(record, indent=1, allow_nan=False) + "\n"

@@ -8,7 +8,7 @@ from typing import Any
 
 from etils import epath
 
-from t5like.data.atomic import writing
+from t5like.data.atomic import is_remote, writing
 
 
 def write_whole(path: epath.Path, content: bytes | str) -> None:
@@ -19,6 +19,9 @@ def write_whole(path: epath.Path, content: bytes | str) -> None:
     """
     content = content.encode() if isinstance(content, str) else content
     with writing(path):
+        if is_remote(path):
+            path.write_bytes(content)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.parent / f"{path.name}.tmp-{os.getpid()}"
         fresh.write_bytes(content)

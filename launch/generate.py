@@ -54,10 +54,13 @@ def main(arguments: list[str]) -> int:
     prompts = prompts_lib.read_prompts(arguments, FLAGS.input)
     decoding = decoding_from_flags()
 
+    from launch.compilations import keep_compilations
     from launch.runs import load_run
     from t5like.inference.generate import Generator
 
     run = load_run(FLAGS.workdir, FLAGS.gin_file, cli.bindings())
+    if run.cache is not None:
+        keep_compilations(run.cache)
     generator = Generator(
         run.model, run.params, run.vocabulary, run.bidirectional_inputs, FLAGS.batch_size
     )

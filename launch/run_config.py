@@ -10,6 +10,7 @@ from objectives.base import Objective
 from t5like.data.sources.base import Source
 from t5like.errors import UserError
 from t5like.models.config import ModelConfig
+from t5like.training import profiling
 from t5like.training.optimizers import Optimizer
 from t5like.training.sharding import Sharding
 
@@ -20,8 +21,12 @@ FREE = frozenset(
         "steps", "tokens", "flops", "log_every", "evals", "eval_every", "eval_batches",
         "checkpoint_every_steps", "checkpoint_every_minutes", "keep", "keep_best", "init_from",
         "init_prefixes", "init_reset", "workers", "cache_dir", "batch_hashes", "quality",
-        "sharding",
+        "sharding", "profile", "compiler_options",
     }
+)
+# Where and how a step is computed, never what.
+FREE_ELSEWHERE = frozenset(
+    {"Sharding", "ModelConfig.remat", "ModelConfig.remat_names", "ModelConfig.attention_backend"}
 )
 
 
@@ -61,6 +66,8 @@ class RunConfig:
       workers: data loading processes; 0: threads of this one.
       cache_dir: where vocabularies and corpora are built; None: the workdir's `cache`.
       batch_hashes: write each batch's hash to metrics.jsonl (needs log_every = 1 to be complete).
+      profile: (first, last) updates to trace for TensorBoard, counted from 1; SIGUSR1 traces too.
+      compiler_options: {"xla_...": value} for the updates' compiler, see gin_configs/overlap.
     """
 
     objective: Objective
@@ -96,6 +103,8 @@ class RunConfig:
     workers: int = 0
     cache_dir: str | None = None
     batch_hashes: bool = False
+    profile: Sequence[int] | None = None
+    compiler_options: Mapping[str, Any] | None = None
 
     def __post_init__(self):
         self._check_parts()
@@ -106,6 +115,13 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"train.{name} is {value}; it must be at least 1")
+        if self.profile is not None:
+            profiling.checked(self.profile)
+        if self.compiler_options is not None and not isinstance(self.compiler_options, Mapping):
+            raise UserError(
+                f"train.compiler_options is {self.compiler_options!r}; write a dict, "
+                "{'xla_OPTION': VALUE}"
+            )
         if self.workers < 0:
             raise UserError(f"train.workers is {self.workers}; it must be at least 0")
         if self.batch_size % self.accumulate:

@@ -31,6 +31,7 @@ class LoadedRun:
       model: the ModelConfig with its vocab_size filled in.
       params: the backbone's parameters.
       step: of the checkpoint.
+      cache: the run's cache folder, if it has one.
     """
 
     config: RunConfig
@@ -38,6 +39,7 @@ class LoadedRun:
     model: ModelConfig
     params: Any
     step: int
+    cache: epath.PathLike | None = None
 
     @functools.cached_property
     def bound(self) -> tuple[Objective, ...]:
@@ -100,7 +102,9 @@ def load_run(
         )
     model = assemble.sized(config.model, vocabulary)
     params = _read_backbone(path, model, info["arrays"])
-    return LoadedRun(config, vocabulary, model, params, int(info["step"]))
+    # A checkpoint by itself has no folder for what is made of it.
+    place = config.cache_dir or (home / "cache" if home != path else None)
+    return LoadedRun(config, vocabulary, model, params, int(info["step"]), place)
 
 
 def load_trained(workdir: str) -> TrainedModel:

@@ -2,6 +2,7 @@
 
 Pages compose left to right, later ones override: add gin_configs/objectives/mlm.gin after a run
 page and the same run learns by masked language modelling. Rerunning a command resumes its run.
+On several machines it is the same command in each process; see docs/processes.md.
 
 Exit status: 0 done; 1 an error that you can mend; 143 stopped by SIGTERM with the state saved;
 75 stopped in a way that a restart cures.

@@ -8,18 +8,22 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
+import numpy as np
+from absl import logging
 from etils import epath
 from flax import linen as nn
 
 from launch import assemble, cli, config as config_lib
+from launch.compilations import compilations_kept
 from launch.files import write_whole
 from launch.networks import Network, assemble_frozen, assemble_networks, union_of
-from launch.run_config import FREE, RunConfig
+from launch.run_config import FREE, FREE_ELSEWHERE, RunConfig
+from t5like.data.atomic import is_remote
 from t5like.data.loader import load
 from t5like.data.pipeline import Pipeline
 from t5like.data.plans import PlannedBatches
 from t5like.errors import UserError
-from t5like.training import identity, init_from, manifest
+from t5like.training import distributed, identity, init_from, manifest
 from t5like.training.budget import Budget
 from t5like.training.checkpoints import steps_in
 from t5like.training.evaluation import HeldOut
@@ -51,6 +55,7 @@ def stoppable(run: Callable[[], int]) -> int:
         cli.complain(stopped)
         return stopped.exit_status
     except jax.errors.JaxRuntimeError as error:
+        distributed.wait_for_the_reason(error)
         if not str(error).startswith(LOST):
             raise
         cli.complain(UserError(f"a device or host was lost ({error}): run the command again"))
@@ -85,9 +90,24 @@ def train_resolved(
     run: RunConfig = resolved.run
     same = run_identity(resolved)
     check_workdir(workdir, same)
-    data = assemble.assemble_data(run, workdir)
+    # Beside a remote workdir, where a machine that takes over finds them.
+    with compilations_kept(run.cache_dir or epath.Path(workdir) / "cache"):
+        return _train(resolved, workdir, same, points, progress)
+
+
+def _train(
+    resolved: config_lib.Resolved, workdir: str, same: dict[str, str], points: int, progress: bool
+) -> Trained:
+    """As train_resolved, of a workdir whose run is this one."""
+    run: RunConfig = resolved.run
+    if run.cache_dir is None and is_remote(workdir):
+        place = assemble.cache_directory(run, workdir)
+        logging.warning("the cache of %s is on this machine: %s", workdir, place)
+    # What the first process puts into the caches the others find there.
+    with distributed.first_alone("data"):
+        data = assemble.assemble_data(run, workdir)
+        evals = assemble.assemble_evals(run, data, workdir)
     networks = assemble_networks(data)
-    evals = assemble.assemble_evals(run, data, workdir)
     check_keep_best(run, evals)
     rows = local_rows(run, data)
     tracks = {name: make_track(data, networks, name) for name in networks}
@@ -98,7 +118,8 @@ def train_resolved(
     kept = sorted({max(1, round(total_steps * k / points)) for k in range(1, points + 1)})
     steps_plan = plan(total_steps)
     batches = PlannedBatches(data.pipelines, steps_plan)
-    write_whole(epath.Path(workdir) / "config.gin", resolved.text())
+    if distributed.process_index() == 0:
+        write_whole(epath.Path(workdir) / "config.gin", resolved.text())
     result = fit(
         init_fn=union_of(networks),
         tracks=tracks,
@@ -127,12 +148,15 @@ def train_resolved(
         init_from=starting_point(run),
         frozen=assemble_frozen(data),
         sharding=run.sharding,
-        hash_fn=Pipeline.hash if run.batch_hashes else None,
+        hash_fn=functools.partial(hash_batch, rows) if run.batch_hashes else None,
         progress=progress,
+        profile=run.profile,
+        compiler_options=run.compiler_options,
     )
     active = steps_plan.active(total_steps)
     measured = [(name, pipeline) for name, pipeline in evals.values() if name in active]
-    if run.quality and measured:
+    # Its generator works in one process.
+    if run.quality and measured and distributed.process_count() == 1:
         from launch import quality
 
         name, pipeline = measured[0]
@@ -156,6 +180,14 @@ def make_track(data: assemble.Data, networks: Mapping[str, Network], name: str) 
         flops_per_step=network.flops_per_step,
         declares=nn.unbox(jax.eval_shape(network.init, jax.random.key(0))) if several else None,
     )
+
+
+def hash_batch(rows: tuple[range, ...], batch: Mapping[str, np.ndarray]) -> str:
+    """The hash of a global batch, of which each process has some rows."""
+    numbers = [row for part in rows for row in part]
+    own = list(zip(numbers, Pipeline.row_hashes(batch), strict=True))
+    hashes = dict(pair for pairs in distributed.gather("hashes", own) for pair in pairs)
+    return Pipeline.hash_of(hashes[row] for row in sorted(hashes))
 
 
 def check_keep_best(run: RunConfig, splits: Iterable[str]) -> None:
@@ -182,7 +214,7 @@ def local_rows(run: RunConfig, data: assemble.Data) -> tuple[range, ...]:
 
 def run_identity(resolved: config_lib.Resolved) -> dict[str, str]:
     """The bindings that make the run what it is; what only evaluations use is free."""
-    free = [f"train.{name}" for name in sorted(FREE)]
+    free = [*(f"train.{name}" for name in sorted(FREE)), *sorted(FREE_ELSEWHERE)]
     same, _ = identity.split(resolved.bindings | resolved.objects, free)
     scopes = tuple(f"{scope}/" for scope in resolved.eval_scopes)
     return {name: value for name, value in same.items() if not name.startswith(scopes)}

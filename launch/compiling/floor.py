@@ -86,7 +86,7 @@ def _activations(plan: Plan, track: str, width: int) -> tuple[float, float]:
     tensor_axes = [a for a in rules.get("mlp", ()) if mesh.get(a, 1) > 1]
     t = math.prod(mesh[a] for a in tensor_axes)
     s = math.prod(mesh.get(a, 1) for a in rules.get("length", ()))
-    rows_in = config.sharding.batch_parts(plan.mesh)
+    rows_in = config.sharding.parts(plan.mesh, "batch")
     tensor = sequence = 0.0
     for stack, depth in model.stacks.items():
         shape = features[f"{stack}_input_tokens"][0]

@@ -61,11 +61,12 @@ def of(compiled: jax.stages.Compiled) -> Memory:
     stats = compiled.memory_analysis()
     arguments, outputs = stats.argument_size_in_bytes, stats.output_size_in_bytes
     aliased, temporaries = stats.alias_size_in_bytes, stats.temp_size_in_bytes
-    together = arguments + outputs - aliased + temporaries
-    # A CPU's peak leaves temporaries out.
-    peak = max(stats.peak_memory_in_bytes, arguments + temporaries)
+    # XLA's own peak; a CPU's leaves temporaries out.
+    peak = stats.peak_memory_in_bytes
+    if peak < arguments + temporaries / 8:
+        peak = arguments + outputs - aliased + temporaries
     code = stats.generated_code_size_in_bytes
-    return Memory(arguments, outputs, aliased, temporaries, min(peak, together), code)
+    return Memory(arguments, outputs, aliased, temporaries, peak, code)
 
 
 def on_device(leaf: Any) -> float:
@@ -173,13 +174,10 @@ def short(source: str) -> str:
     return kind + re.sub(r"/+", "/", name).strip("/")
 
 
-def by_bytes(tensors: list[Tensor], count: int) -> list[Tensor]:
-    """The largest."""
-    return sorted(tensors, key=lambda tensor: -tensor.bytes)[:count]
-
-
 def stage_of(source: str) -> str:
-    """"forward", "backward", "recomputed" or "other" (the optimiser's, mostly)."""
+    """"forward", "backward", "recomputed", "optimizer" or "other" (of no name)."""
+    if "/optimizer/" in source:
+        return "optimizer"
     if "rematted_computation" in source:
         return "recomputed"
     if "transpose(" in source:

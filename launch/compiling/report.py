@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,16 @@ _SHOWN = 10
 
 
 def lines(record: Mapping[str, Any]) -> Iterator[str]:
-    """The whole report."""
+    """The whole report, in lines of at most WIDTH columns but for settings to copy."""
+    for line in (*_lines(record), "", *_assumptions()):
+        indent = len(line) - len(line.lstrip())
+        if len(line) <= WIDTH or line.lstrip().startswith("--"):
+            yield line
+        else:
+            yield from textwrap.wrap(line, WIDTH, subsequent_indent=" " * (indent + 2))
+
+
+def _lines(record: Mapping[str, Any]) -> Iterator[str]:
     axes = ", ".join(f"{axis} {size}" for axis, size in record["mesh"].items() if size > 1)
     chips = record["chips"] or record["devices"]
     devices = "" if chips == record["devices"] else f", {record['devices']} devices"
@@ -74,7 +84,7 @@ def _program(program: Mapping[str, Any], record: Mapping[str, Any]) -> Iterator[
 
 
 def _memory(used: Mapping[str, float], hbm: float | None) -> Iterator[str]:
-    share = f" = {used['peak'] / hbm:.0%} of {size(hbm)}" if hbm else ""
+    share = f" = {used['peak'] / hbm:.1%} of {size(hbm)}" if hbm else ""
     yield f"  memory      peak {size(used['peak'])}{share}, on each device"
     yield (
         f"              arguments {size(used['arguments'])}, outputs {size(used['outputs'])} "
@@ -131,7 +141,7 @@ def _roofline(bound: Mapping[str, Any], model: float | None) -> Iterator[str]:
         yield f"              links: {links}; {seconds(bound['asynchronous'])} may hide"
 
 
-def assumptions() -> Iterator[str]:
+def _assumptions() -> Iterator[str]:
     """What the roofline takes for granted."""
     yield "The roofline is a bound, not a forecast; it assumes:"
     yield from (f"  - {line}" for line in ASSUMPTIONS)

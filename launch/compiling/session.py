@@ -36,15 +36,13 @@ def compile_run(config: RunConfig, topology: Topology, asked: Asked) -> dict[str
     record = measure.run(planned, topology, chip)
     programs = program.train_programs(planned)
     if asked.generate and program.can_generate(planned):
-        rows = asked.generate_batch or config.sharding.batch_parts(planned.mesh)
+        rows = asked.generate_batch or config.sharding.parts(planned.mesh, "batch")
         programs.append(program.compile_generate(planned, rows, asked.max_new_tokens))
     record["programs"] = [measure.program(planned, made, topology, chip) for made in programs]
     if asked.save_hlo:
         _save(programs, asked.save_hlo)
     tight = next((made for made in record["programs"] if not made["fits"]), None)
-    record["advice"] = (
-        None if tight is None else advice.advise(planned, topology, chip, tight, asked.tries)
-    )
+    record["advice"] = None if tight is None else advice.advise(planned, chip, tight, asked.tries)
     return record
 
 

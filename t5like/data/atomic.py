@@ -29,9 +29,15 @@ def writing(path: pathlib.Path) -> Iterator[None]:
         raise UserError(f"{path} cannot be written ({e.strerror or e})") from e
 
 
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path is in an object store (gs://): a file appears there whole or not at all,
+    nothing is appended to, and a folder is but a prefix, which cannot be renamed at one stroke."""
+    return "://" in os.fspath(path)
+
+
 def local(path: str | os.PathLike) -> pathlib.Path:
     """The path, unless it is on remote storage: then a UserError says where to put it instead."""
-    if "://" in os.fspath(path):
+    if is_remote(path):
         raise UserError(f"{path} must be on a local disk: set train.cache_dir to a folder on one")
     return pathlib.Path(path)
 

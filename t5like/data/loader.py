@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import multiprocessing
 from collections.abc import Iterator
 
 import numpy as np
 from absl import flags
 
 from t5like.data.pipeline import Pipeline
+from t5like.data.processes import die_with_parent
 
 _ENDLESS = 1 << 48
 
@@ -25,8 +28,16 @@ class _Steps:
         return _ENDLESS
 
     def __getitem__(self, i) -> tuple[int, dict[str, np.ndarray]]:
+        _watch_parent()
         step = self.start + int(i)
         return step, self.pipeline.batch(step, self.rows)
+
+
+@functools.cache
+def _watch_parent() -> None:
+    """Has a worker end with its parent, which may be killed; grain's would wait for ever."""
+    if multiprocessing.parent_process() is not None:
+        die_with_parent()
 
 
 def load(

@@ -7,6 +7,8 @@ import dataclasses
 import time
 from collections.abc import Iterator
 
+from t5like.training import distributed
+
 
 @dataclasses.dataclass(frozen=True)
 class Every:
@@ -30,10 +32,41 @@ class Every:
         """Whether what happens every `every` updates happens after update `step`."""
         return step == self.total_steps or bool(every and step % every == 0)
 
-    def save_due(self, step: int, seconds: float) -> bool:
-        """Whether to save after update `step`, `seconds` after the last save."""
-        late = self.save_minutes is not None and seconds >= 60 * self.save_minutes
-        return late or step in self.points or self.due(self.save, step)
+    def save_due(self, step: int) -> bool:
+        """Whether to save after update `step`, whatever the clock says (see SaveClock)."""
+        return step in self.points or self.due(self.save, step)
+
+
+class SaveClock:
+    """When the last save is too long ago.
+
+    Of several processes the first one's clock decides, and all save after one update, a few
+    updates later.
+
+    Args:
+      minutes: after which to save; None: never.
+    """
+
+    def __init__(self, minutes: float | None):
+        self._minutes = minutes
+        self.restart()
+
+    def restart(self) -> None:
+        """A save was made."""
+        self._saved_at, self._asked = time.monotonic(), False
+
+    def due(self) -> bool:
+        """Whether to save now; asked after every update, by all processes."""
+        if self._minutes is None:
+            return False
+        late = time.monotonic() - self._saved_at >= 60 * self._minutes
+        agreement = distributed.agreement("save")
+        if agreement is None:
+            return late
+        if late and not self._asked and distributed.process_index() == 0:
+            self._asked = True
+            distributed.want("save")
+        return agreement.check()
 
 
 class Stopwatch:

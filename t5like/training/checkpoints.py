@@ -2,7 +2,8 @@
 
 The only module that imports orbax. A checkpoint is a directory `<step>` holding orbax's arrays,
 `config.gin` and `checkpoint.json` (see manifest.py). Orbax writes it under a temporary name and
-renames it when all is in place.
+renames it when all is in place; in an object store, where that is no single step, it writes it
+where it will be and adds `commit_success.txt` in the end, without which it does not count.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
+from t5like.data.atomic import is_remote
 from t5like.errors import UserError
 from t5like.training import distributed, manifest, signature
 from t5like.training.state import TrainState
@@ -170,10 +172,7 @@ class Checkpoints:
         kept = set(steps[-self._keep :]) | self._best(steps) | self._points
         for step in steps:
             if step not in kept:
-                # Renamed first: a kill while deleting leaves no half checkpoint behind.
-                leaving = self.directory / f"{step}{_LEAVING}"
-                (self.directory / str(step)).rename(leaving)
-                leaving.rmtree()
+                _delete(self.directory / str(step))
 
     def _best(self, steps: list[int]) -> set[int]:
         if self._best_metric is None:
@@ -191,8 +190,10 @@ class Checkpoints:
 
     def _sweep(self) -> None:
         """Removes what a killed process left: unfinished saves and half deletions."""
-        for path in self.directory.iterdir():
-            if path.name.endswith(_LEAVING) or ".orbax-checkpoint-tmp" in path.name:
+        # In an object store a folder of nothing is none.
+        for path in list(self.directory.iterdir()) if self.directory.is_dir() else ():
+            half = path.name.isdigit() and not _is_committed(path)
+            if half or path.name.endswith(_LEAVING) or ".orbax-checkpoint-tmp" in path.name:
                 path.rmtree()
             elif path.name.startswith(_MARK):
                 path.unlink()
@@ -204,7 +205,7 @@ class Checkpoints:
         mark = self.directory / f"{_MARK}{secrets.token_hex(4)}"
         if self._is_first:
             with _naming(mark):
-                mark.touch()
+                mark.write_text("")
         mark = self.directory / distributed.gather("mark", mark.name)[0]
         until = time.monotonic() + _SEEN_SECONDS
         while not mark.exists():
@@ -265,7 +266,7 @@ def _naming(path: epath.Path) -> Iterator[None]:
 def absolute(path: epath.PathLike) -> epath.Path:
     """The path as orbax wants it: from the root, or with its scheme (gs://)."""
     path = epath.Path(path)
-    return path if "://" in str(path) else epath.Path(os.path.abspath(path))
+    return path if is_remote(path) else epath.Path(os.path.abspath(path))
 
 
 def steps_in(directory: epath.PathLike) -> list[int]:
@@ -273,7 +274,22 @@ def steps_in(directory: epath.PathLike) -> list[int]:
     directory = epath.Path(directory)
     if not directory.is_dir():
         return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+    found = [path for path in directory.iterdir() if path.name.isdigit()]
+    return sorted(int(path.name) for path in found if _is_committed(path))
+
+
+def _is_committed(path: epath.Path) -> bool:
+    """Whether a directory that is called as a checkpoint was finished."""
+    return not is_remote(path) or (path / manifest.COMMITTED).exists()
+
+
+def _delete(path: epath.Path) -> None:
+    """Deletes a checkpoint; a kill on the way leaves none that seems finished."""
+    if is_remote(path):
+        (path / manifest.COMMITTED).unlink()
+    else:
+        path = path.rename(path.parent / f"{path.name}{_LEAVING}")
+    path.rmtree()
 
 
 def _tree(state: Any) -> Any:

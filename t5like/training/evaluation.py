@@ -55,12 +55,12 @@ def evaluate(
       {"loss": total, each term's name: mean}.
 
     Raises:
-      Interrupted: `stop` was requested between batches.
+      Interrupted: between batches, `stop` said so.
       UserError: there are no batches.
     """
     waiting = []
     for index, batch in enumerate(batches):
-        if stop is not None and stop.requested:
+        if stop is not None and stop.agreed():
             raise Interrupted
         waiting.append(eval_step(params, frozen, put(batch), jax.random.fold_in(key, index)))
         if len(waiting) > _IN_FLIGHT:

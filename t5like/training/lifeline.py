@@ -107,8 +107,9 @@ class Hub(threading.Thread):
         while True:
             for key, _ in self._selector.select():
                 if key.fileobj is self._server:
-                    peer = _Peer(_Channel(self._server.accept()[0]))
-                    self._selector.register(peer.channel.socket, selectors.EVENT_READ, peer)
+                    with contextlib.suppress(OSError):  # Gone again before it was taken.
+                        peer = _Peer(_Channel(self._server.accept()[0]))
+                        self._selector.register(peer.channel.socket, selectors.EVENT_READ, peer)
                 else:
                     self._hear(key.data)
 

@@ -15,6 +15,7 @@ from t5like.data.plans import Plan
 from t5like.training import (
     cadence,
     placement,
+    profiling,
     signals,
     startup,
     step as step_lib,
@@ -64,6 +65,8 @@ def fit(
     progress: bool = True,
     tensorboard: bool = True,
     stop: signals.StopFlag | None = None,
+    profile: Sequence[int] | None = None,
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> FitResult:
     """Trains until `total_steps` updates are done, going on from the workdir's last checkpoint.
 
@@ -100,12 +103,15 @@ def fit(
       hash_fn: batch -> hash; lines then carry "batch_hash", a hash over their interval.
       progress, tensorboard: whether to write to the screen and to TensorBoard.
       stop: a flag to look at in place of catching SIGTERM here.
+      profile: (first, last) updates to trace; SIGUSR1 asks for more, see profiling.py.
+      compiler_options: XLA's, for the updates; see compiling.py.
 
     Raises:
       UserError: see checkpoints.py, identity.py, init_from.py; NonFiniteLoss where the loss or a
         norm is not finite (nothing past the last good checkpoint is saved).
       Preempted: after SIGTERM, with the state saved. The signal is looked for after every
-        update and between the batches of an evaluation.
+        update and between the batches of an evaluation; of several processes, all stop when one
+        gets it.
     """
     mesh = sharding.mesh(devices)
     evals = evals or {}
@@ -118,8 +124,12 @@ def fit(
     }
     transform = optimizer.build(total_steps)
     with contextlib.ExitStack() as stack:
+        profiler = profiling.Profiler(folder, profile)
+        stack.enter_context(profiling.on_signal(profiler))
+        stack.callback(profiler.end)
         stop = stop or stack.enter_context(signals.catch_sigterm())
         stack.enter_context(sharding.in_force(mesh))
+        startup.check_same_everywhere(record)
         checkpoints = Checkpoints(
             folder / "checkpoints", keep=keep, best_metric=keep_best, points=points
         )
@@ -194,6 +204,8 @@ def fit(
             hash_fn=hash_fn,
             keep_best=keep_best is not None,
             stop=stop,
+            profiler=profiler,
+            compiler_options=compiler_options,
         )
         iterator = batches(first)
         stack.callback(getattr(iterator, "close", lambda: None))

@@ -14,12 +14,14 @@ from typing import Any
 
 from etils import epath
 
+from t5like.data.atomic import is_remote
 from t5like.training import distributed
 
 NAME = "checkpoint.json"
 CONFIG_NAME = "config.gin"
 # Written by orbax after the manifest.
-_NOT_LISTED = (NAME, "_CHECKPOINT_METADATA", "commit_success.txt")
+COMMITTED = "commit_success.txt"
+_NOT_LISTED = (NAME, "_CHECKPOINT_METADATA", COMMITTED)
 
 
 class Damaged(Exception):
@@ -38,8 +40,12 @@ def add_metrics(directory: epath.Path, metrics: dict[str, float]) -> None:
     """Adds to the metrics of a checkpoint, whole or not at all."""
     info = read(directory)
     info["metrics"] = {**(info.get("metrics") or {}), **metrics}
+    text = json.dumps(info, indent=1, sort_keys=True)
+    if is_remote(directory):
+        (directory / NAME).write_text(text)
+        return
     fresh = directory.parent / f"{directory.name}.{NAME}.tmp"
-    fresh.write_text(json.dumps(info, indent=1, sort_keys=True))
+    fresh.write_text(text)
     fresh.replace(directory / NAME)
 
 

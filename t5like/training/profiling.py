@@ -79,7 +79,7 @@ class Profiler:
         return jax.profiler.StepTraceAnnotation("train", step_num=step + 1)
 
     def end(self) -> None:
-        """Ends the trace under way, if any, and says where it lies; also when a run is cut short."""
+        """Ends the trace under way, if any, and says where it is; also when a run is cut short."""
         if self._recording is None:
             return
         first, self._recording = self._recording[0], None

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -14,6 +13,7 @@ import numpy as np
 from t5like.data.plans import Plan
 from t5like.training import (
     cadence,
+    compiling,
     evaluation,
     peaks,
     signals,
@@ -75,6 +75,8 @@ class Loop:
         hash_fn,
         keep_best,
         stop,
+        profiler,
+        compiler_options,
     ):
         self._tracks, self._plan, self._evals = tracks, plan, evals
         self._updates, self._eval_steps = updates, eval_steps
@@ -83,6 +85,7 @@ class Loop:
         self._every, self._checkpoints, self._outputs = every, checkpoints, outputs
         self._record, self._config_text = record
         self._hash_fn, self._stop, self._keep_best = hash_fn, stop, keep_best
+        self._profiler, self._compiler_options = profiler, compiler_options
         self._last_lines: dict[str, dict[str, Any]] = {}
         self._stopwatch = cadence.Stopwatch()
 
@@ -95,7 +98,8 @@ class Loop:
     ) -> FitResult:
         self._state, step = state, int(state.step)
         self._meter = Meter(info.get("meter"))
-        self._saved_step, self._saved_at = step if info else None, time.monotonic()
+        self._saved_step = step if info else None
+        self._save_clock = cadence.SaveClock(self._every.save_minutes)
         # What was done, not what is planned: a changed budget may have moved the phases.
         self._done = dict(info.get("updates") or self._plan.counts(step))
         self._line_spent = tracks_lib.spent(self._tracks, self._done)
@@ -104,12 +108,23 @@ class Loop:
         for batch_step, batch in itertools.islice(batches, self._every.total_steps - step):
             if batch_step != step:
                 raise ValueError(f"the loader gave the batch of step {batch_step}, not of {step}")
-            self._one_update(step, batch)
+            if self._profiler.begins(step):
+                self._at_rest(self._profiler.begin, step)
+            with self._profiler.marked(step):
+                self._one_update(step, batch)
             step += 1
+            if self._profiler.ends(step):
+                self._at_rest(self._profiler.end)
             self._after_update(step)
         if step < self._every.total_steps:
             raise ValueError(f"the loader ended at step {step} of {self._every.total_steps}")
         return FitResult(self._state, self._last_lines, "budget", self._compiled_flops())
+
+    def _at_rest(self, act: Callable[..., None], *arguments: int) -> None:
+        """Does something off the clock when the devices have done all updates so far."""
+        jax.block_until_ready(self._state)
+        with self._stopwatch.paused():
+            act(*arguments)
 
     def _one_update(self, step: int, batch: Batch) -> None:
         track, _ = self._plan.at(step)
@@ -128,7 +143,8 @@ class Loop:
         """Compiles a track's update ahead of its first call, off the clock."""
         is_first = not self._compiled
         with self._stopwatch.paused():
-            self._compiled[track] = self._updates[track].lower(*arguments).compile()
+            lowered = self._updates[track].lower(*arguments)
+            self._compiled[track] = compiling.compile_with(lowered, self._compiler_options)
         if is_first:
             self._stopwatch.restart()  # Starting the loader is off the clock too.
 
@@ -155,9 +171,10 @@ class Loop:
                 metrics = self._evaluate(step, in_training(self._evals, self._plan, step))
             # The best can be kept only if every one that is measured is saved.
             measured = self._keep_best and bool(metrics)
-            if measured or self._every.save_due(step, time.monotonic() - self._saved_at):
+            late = self._save_clock.due()
+            if measured or late or self._every.save_due(step):
                 self._save(step, metrics)
-            if self._stop.requested:
+            if self._stop.agreed():
                 self._leave(step, metrics)
 
     def _log(self, step: int) -> None:
@@ -212,8 +229,11 @@ class Loop:
             "metrics": metrics,
             "meter": self._meter.snapshot(),
         }
+        for output in self._outputs:
+            output.flush()
         self._checkpoints.save(self._state, info, self._config_text)
-        self._saved_step, self._saved_at = step, time.monotonic()
+        self._saved_step = step
+        self._save_clock.restart()
 
     def _leave(self, step: int, metrics: dict[str, float]) -> NoReturn:
         self._save(step, metrics)

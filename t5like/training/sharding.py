@@ -238,7 +238,9 @@ class Sharding:
             return value[(slice(places[start], places[start] + stop - start), *index[1:])]
 
         shape = (rows, *value.shape[1:])
-        return jax.make_array_from_callback(shape, self.of_batch(mesh, shape), piece)
+        # Unlike jax.device_put, this does not count as an explicit transfer.
+        with jax.transfer_guard_host_to_device("allow"):
+            return jax.make_array_from_callback(shape, self.of_batch(mesh, shape), piece)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -11,7 +11,7 @@ from absl import logging
 
 from t5like.data.plans import Plan
 from t5like.errors import UserError
-from t5like.training import identity, placement, step as step_lib
+from t5like.training import distributed, identity, placement, step as step_lib
 from t5like.training.cadence import Every
 from t5like.training.checkpoints import Checkpoints
 from t5like.training.init_from import InitFrom
@@ -52,6 +52,25 @@ def restore_or_init(
     if frozen is not None:
         state = state.replace(frozen=frozen.read(template.frozen))
     return (state if init_from is None else init_from.apply(state, template, vocabulary)), {}
+
+
+def check_same_everywhere(record: Mapping[str, Any]) -> None:
+    """Raises UserError where processes of one run have different settings, vocabularies or text."""
+    ours, *others = distributed.gather("record", dict(record))
+    for process, theirs in enumerate(others, 1):
+        if theirs == ours:
+            continue
+        pairs = [
+            (name, here, theirs["identity"].get(name))
+            for name, here in ours["identity"].items()
+            if theirs["identity"].get(name) != here
+        ]
+        pairs += [(name, ours[name], theirs[name]) for name in ours if theirs[name] != ours[name]]
+        name, here, there = pairs[0]
+        raise UserError(
+            f"process {process} is not set up as process 0 is: {name} is {there} there, not "
+            f"{here}: give all processes the same command, code and files"
+        )
 
 
 def check_same_run(info: Mapping[str, Any], record: Mapping[str, Any], workdir: str) -> None:

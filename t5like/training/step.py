@@ -82,8 +82,9 @@ def make_train_step(
         if declares is not None:
             grads = tracks_lib.filled(grads, state.params)
         grads = pinned(grads)
-        updates, opt_state = transform.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = transform.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         params, opt_state = tracks_lib.keep_undeclared(
             (params, opt_state), (state.params, state.opt_state), state.params, declares
         )

@@ -16,7 +16,7 @@ from rich import console, progress
 from tensorboardX import event_file_writer, record_writer, summary
 from tensorboardX.proto import event_pb2
 
-from t5like.data.atomic import writing
+from t5like.data.atomic import is_remote, writing
 from t5like.errors import UserError
 
 _FLUSH_SECONDS = 60
@@ -31,6 +31,9 @@ class Writer:
 
     def advance(self, step: int) -> None:
         """Hears that `step` updates are done; most writers do not care."""
+
+    def flush(self) -> None:
+        """Keeps what was written, come what may; called before a checkpoint is saved."""
 
     def close(self) -> None:
         """Ends the writing."""
@@ -55,12 +58,8 @@ class JsonLines(Writer):
             self._file = self._path.open("a")
 
     def write(self, line: dict[str, Any]) -> None:
-        finite = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in line.items()
-        }
         with self._naming():
-            self._file.write(json.dumps(finite) + "\n")
+            self._file.write(encoded(line))
             self._file.flush()
 
     def close(self) -> None:
@@ -80,13 +79,7 @@ class JsonLines(Writer):
     def _truncate(self, step: int, again: Collection[str]) -> None:
         if not self._path.exists():
             return
-        kept = []
-        for text in self._path.read_text().splitlines():
-            line = _parse(text)
-            if line is None or line.get("step", 0) > step:
-                continue
-            if line.get("step") != step or line.get("split") not in again:
-                kept.append(text + "\n")
+        kept = kept_lines(self._path, step, again)
         fresh = self._path.parent / (self._path.name + ".tmp")
         fresh.write_text("".join(kept))
         fresh.replace(self._path)
@@ -210,12 +203,38 @@ def open_all(
     """
     if jax.process_index() != 0:
         return []
-    opened: list[Writer] = [JsonLines(folder / "metrics.jsonl", step, again)]
+    lines, events = JsonLines, TensorBoard
+    if is_remote(folder):
+        from t5like.training import remote_writers
+
+        lines, events = remote_writers.RemoteLines, remote_writers.RemoteTensorBoard
+    opened: list[Writer] = [lines(folder / "metrics.jsonl", step, again)]
     if tensorboard:
-        opened.append(TensorBoard(folder / "tensorboard", step))
+        opened.append(events(folder / "tensorboard", step))
     if screen:
         opened.append(Screen(step, total_steps))
     return opened
+
+
+def kept_lines(path: epath.Path, step: int, again: Collection[str] = ()) -> list[str]:
+    """Lines of a log that a run which goes on from `step` keeps, see JsonLines; [] of none."""
+    kept = []
+    for text in path.read_text().splitlines() if path.exists() else ():
+        line = _parse(text)
+        if line is None or line.get("step", 0) > step:
+            continue
+        if line.get("step") != step or line.get("split") not in again:
+            kept.append(text + "\n")
+    return kept
+
+
+def encoded(line: dict[str, Any]) -> str:
+    """A line of metrics.jsonl; numbers that are not finite become null."""
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in line.items()
+    }
+    return json.dumps(finite) + "\n"
 
 
 def _parse(text: str) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jax.experimental import pallas as pl
 
 from kernels import attention
 from kernels.block_sparse_attention import flash
+from kernels.block_sparse_attention.cost import FLOPS_SCOPE
 from tests.hardware import calls, topologies
 
 PLATFORM = "cuda"
@@ -130,7 +132,8 @@ def test_memory_is_linear_in_length(path):
 def test_the_public_call_chooses_a_path(bias, chosen):
     program = lowered(functools.partial(attention, backend="gpu"), "packed causal", bias)
     assert {name for name, count in counts(program).items() if count} == {chosen}
-    program.compile()
+    # What a kernel computes is to be read from its name.
+    assert re.search(rf'op_name="[^"]*{FLOPS_SCOPE}\d+', program.compile().as_text())
 
 
 def test_ampere_takes_triton():

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
+import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from kernels import attention, masks
+from t5like.models.sharding import sharded_attention
+from t5like.training.sharding import Sharding
 from tests.hardware import calls, topologies
 
 PLATFORM = "tpu"
@@ -129,6 +133,33 @@ def test_under_shard_map():
 
     arguments = calls.shapes(4096, 128, batch=8)[:4]
     assert_kernels(topologies.lower(mesh, gradient, *arguments).compile())
+
+
+def test_context_parallelism():
+    """32768 slots on four chips: the mesh says what to compile for, each chip lists its own blocks,
+    keys and values travel twice, their gradients once, and nothing is sent of queries."""
+    sharding, length, heads = Sharding(data=1, sequence=4), 32768, 16
+    mesh = sharding.mesh(topologies.tpu("v5e", devices=4).devices.ravel())
+    mask = masks.SlidingWindow(256, 256) | masks.GlobalTokens(count=1)
+
+    def gradient(q, k, v, d_out):
+        out, pull = jax.vjp(lambda *x: sharded_attention(*x, mask), q, k, v)
+        return out, pull(d_out)
+
+    placed = NamedSharding(mesh, PartitionSpec(None, "sequence"))
+    shapes = calls.shapes(length, 128, heads=heads, kv_heads=2)[:4]
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed) for x in shapes]
+    with sharding.in_force(mesh):
+        program = jax.jit(gradient).lower(*shapes).compile()
+    text = program.as_text()
+    assert text.count(KERNEL) == 3
+    # The first chip has most: the row of globals, one at the edge, and a window and a column each.
+    blocks = 64 + 3 + 14 * 4
+    flops = 2 * 2 * blocks * 512 * 512 * 128 * heads
+    assert f'"cost_estimate":{{"flops":"{flops}"' in text
+    sent = re.findall(r" (all-\w+|reduce-scatter|collective-permute)(?:-start)?\(", text)
+    assert Counter(sent) == {"all-gather": 4, "reduce-scatter": 2}
+    assert f"bf16[1,{length},{heads}" not in text and f"bf16[{heads},{length}" not in text
 
 
 def test_too_much_vector_memory_does_not_compile():

@@ -8,15 +8,14 @@ environment each, because both register themselves with jax.
 from __future__ import annotations
 
 import functools
-import importlib.util
-import os
-import pathlib
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from launch.compiling import topology
 
 # One topology of each generation, the smallest that its compiler knows.
 TPUS = {
@@ -46,72 +45,32 @@ GPUS = {
         "shared_memory_per_core: 233472": "shared_memory_per_core: 65536",
     },
 }
-_H100 = pathlib.Path(__file__).with_name("h100.textproto")
-_NVCC = importlib.util.find_spec("nvidia") and next(
-    (
-        path
-        for root in importlib.util.find_spec("nvidia").submodule_search_locations
-        if (path := pathlib.Path(root) / "cuda_nvcc").is_dir()
-    ),
-    None,
-)
-
-
 def _prepare() -> None:
     """Sets what the compilers read as they load, which is when a topology is first asked for."""
     jax.config.update("jax_platforms", "cpu")
-    environment = {
-        # libtpu otherwise asks a metadata server what machine this is.
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_LIBRARY_LOG": "0",
-        # Its lock file would let a single process on the machine compile.
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
-    for name, value in environment.items():
-        os.environ.setdefault(name, value)
-    if _NVCC is not None:
-        # Autotuning runs candidates on the device.
-        flags = f"--xla_gpu_cuda_data_dir={_NVCC} --xla_gpu_autotune_level=0"
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
-        os.environ["PATH"] = f"{_NVCC / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    topology.prepare_tpu()
+    topology.prepare_cuda()
 
 
 _prepare()
-
-
-def missing(platform: str) -> str | None:
-    """Why nothing can be compiled for "tpu" or "cuda" here, or None where it can."""
-    if platform == "tpu":
-        wheels = {"libtpu": importlib.util.find_spec("libtpu")}
-    else:
-        wheels = {
-            "jax_cuda12_plugin": importlib.util.find_spec("jax_cuda12_plugin"),
-            "nvidia-cuda-nvcc-cu12": _NVCC,
-        }
-    absent = [name for name, found in wheels.items() if not found]
-    if not absent:
-        return None
-    return f"{' and '.join(absent)} not installed: `make hardware` does, where there are wheels"
+missing = topology.missing
 
 
 @functools.cache
 def tpu(generation: str, devices: int = 1) -> Mesh:
     """A mesh ("data",) over the first devices of a TPU topology."""
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[generation])
-    return Mesh(np.array(topology.devices[:devices]), ("data",))
+    found = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[generation])
+    return Mesh(np.array(found.devices[:devices]), ("data",))
 
 
 @functools.cache
 def gpu(name: str = "h100") -> Mesh:
     """A mesh ("data",) of one of GPUS."""
-    config = _H100.read_text()
+    config = topology.H100.read_text()
     for old, new in GPUS[name].items():
-        assert config.count(old) == 1, f"{_H100.name} does not say {old!r} once"
+        assert config.count(old) == 1, f"{topology.H100.name} does not say {old!r} once"
         config = config.replace(old, new)
-    topology = topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x1")
-    return topologies.make_mesh(topology, (1,), ("data",))
+    return Mesh(np.array(topology.cuda_devices(config, 1)), ("data",))
 
 
 def lower(mesh: Mesh, function: Callable, *shapes: Sequence) -> jax.stages.Lowered:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -110,6 +111,20 @@ def test_rows_of_positions():
     q = jnp.array([[3], [0]])
     bias = RelativeBias(table, q, None, bidirectional=False, max_distance=8)
     np.testing.assert_array_equal(bias.dense(1, 5)[:, 0, 0], [[3, 2, 1, 0, 0], [0, 0, 0, 0, 0]])
+
+
+def test_queries_that_start_later():
+    """Their bias is the last rows' of all."""
+    table, start = jnp.arange(16.0).reshape(8, 2), jnp.int32(5)
+    bias = RelativeBias(table, max_distance=6)
+    part = dataclasses.replace(bias, q_start=start)
+    np.testing.assert_array_equal(part.dense(3, 9), bias.dense(8, 9)[:, :, 5:])
+    positions = jnp.arange(9)[None]
+    part = dataclasses.replace(part, kv_positions=positions)
+    np.testing.assert_array_equal(part.dense(3, 9), bias.dense(8, 9)[:, :, 5:])
+    distances = lowered(bias, (8, 9), (8, 9)).values
+    shifted = lowered(dataclasses.replace(bias, q_start=start), (3, 9), (3, 9)).values
+    np.testing.assert_array_equal(shifted, distances[:, :12])
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])

@@ -197,7 +197,7 @@ def test_the_grids_of_a_tpus_kernels_are_as_long_as_the_list():
     [
         masks.Causal(),
         masks.SlidingWindow(20, 9) | masks.GlobalTokens(count=1),
-        masks.BigBird(32, 1, 1, 1),
+        masks.BigBird(48, 1, 1, 1),
         masks.Causal() & masks.Segments(*[np.arange(192)[None] // 50] * 2),
         masks.BlockIndex(np.array([[2, 0], [1, -1], [-1, -1]])[None, None], 64, 64),
     ],

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.bias import Array, Buckets, Distances, Lowered, shifted_rows
+from kernels.block_sparse_attention.manual import varying_alike
 from kernels.block_sparse_attention.problem import ACTIVE, PARTIAL, Problem
 from kernels.block_sparse_attention.softmax import LOWEST
 from kernels.block_sparse_attention.xla.windows import tile
@@ -79,7 +80,8 @@ def _biased(logits: jax.Array, bias: Lowered) -> jax.Array:
     array = _written_out(bias, logits.shape[2]).astype(logits.dtype)
     if array.shape[0] != 1 or logits.shape[0] == 1:
         return logits + array
-    return _add_to_every_row(logits, jnp.broadcast_to(array, (1, *logits.shape[1:])))
+    array = jnp.broadcast_to(array, (1, *logits.shape[1:]))
+    return _add_to_every_row(*varying_alike(logits, array))
 
 
 def _written_out(bias: Distances | Buckets | Array, q_len: int) -> jax.Array:
