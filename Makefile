@@ -20,7 +20,7 @@ train: .venv/base
 	$(BIN)/python launch/train.py --gin_file=$(PAGE) --workdir=$(WORKDIR) $(ARGS)
 
 test: .venv/test
-	$(BIN)/python -m pytest --numprocesses=2 $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup $(ARGS)
 
 # The lock file pins Python 3.11's wheels; other versions resolve setup.py's ranges.
 .venv/base: requirements/base.txt setup.py
@@ -45,10 +45,12 @@ hardware-tpu: .venv-tpu/ready
 	.venv-tpu/bin/python $(COMPILES) tests/hardware/test_tpu_schedules.py $(ARGS)
 	.venv-tpu/bin/python $(COMPILES) tests/hardware/test_step_compiles.py $(ARGS)
 	.venv-tpu/bin/python $(COMPILES) tests/hardware/test_tpu_overlap.py $(ARGS)
+	.venv-tpu/bin/python $(COMPILES) tests/hardware/test_reports.py $(ARGS)
 
 hardware-cuda: .venv-cuda/ready
 	.venv-cuda/bin/python $(COMPILES) tests/hardware/test_h100_compiles.py $(ARGS)
 	.venv-cuda/bin/python $(COMPILES) tests/hardware/test_h100_overlap.py $(ARGS)
+	.venv-cuda/bin/python $(COMPILES) tests/hardware/test_reports.py $(ARGS)
 
 # Our steps and decoding beside PyTorch's, on a machine with nothing else to do: some ten minutes.
 peers: .venv-peers/ready
@@ -64,6 +66,10 @@ race: peers
 	.venv-$*/bin/python -m pip install -qq --disable-pip-version-check --no-deps \
 	  --no-build-isolation -e .
 	touch $@
+
+# Compiles every large page for the chips in its name, in an hour or so; PAGES names some of them.
+compile-reports: .venv-tpu/ready .venv-cuda/ready
+	python3 docs/compile_reports.py $(PAGES)
 
 lint: .venv/test
 	$(BIN)/python -m ruff check .

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import jax
 
-# Dense bfloat16 FLOPs a second per jax device, from the vendors' data sheets. A TPU v2 or v3
-# chip is two jax devices.
+# Dense bfloat16 FLOPs a second per jax device, from the vendors' data sheets. A TPU v2, v3
+# or 7x chip is two jax devices.
 _PEAKS = {
     "TPU v2": 22.5e12,
     "TPU v3": 61.5e12,
@@ -14,6 +14,7 @@ _PEAKS = {
     "TPU v5": 459e12,
     "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
+    "TPU7x": 1153.5e12,
     "NVIDIA A100": 312e12,
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100": 989e12,

@@ -76,4 +76,4 @@ def test_planned_batches_ask_the_tracks_pipeline_for_its_own_batch():
 
     batches = PlannedBatches({t: Asked(t) for t in "ab"}, TURNS)
     for step in (0, 5, 100):
-        assert batches.batch(step, 1, 2) == (*TURNS.at(step), 1, 2)
+        assert batches.batch(step, (range(2),)) == (*TURNS.at(step), (range(2),))

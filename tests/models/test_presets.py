@@ -39,6 +39,7 @@ PUBLISHED = {
     "electra_large": (30522, 335_174_458),
     "gpt2_small": (50257, 124_439_808),
     "yi_6b": (64000, 6_061_035_520),
+    "ul2_20b": (32128, 19_591_209_984),
 }
 
 
@@ -61,7 +62,7 @@ def test_every_page_is_counted():
 def test_every_page_binds_every_field_of_a_shape(name):
     """What one page binds and another does not would be left behind by the first."""
     elsewhere = {"vocab_size", "vocab_multiple", "dtype", "param_dtype", "scan_layers", "remat"}
-    elsewhere |= {"attention_backend", "relative_bidirectional", "architecture"}
+    elsewhere |= {"attention_backend", "relative_bidirectional", "architecture", "remat_names"}
     fields = {field.name for field in dataclasses.fields(ModelConfig)}
     assert fields - elsewhere <= set(bindings(PAGES / f"{name}.gin"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,7 +77,7 @@ def shapes_of(objective, config, length=32):
     tokens = jnp.zeros((1, length), jnp.int32)
     init = objective.network(config).init
     batch = {f"{config.architecture}_input_tokens": tokens}
-    return jax.eval_shape(init, {"params": jax.random.key(0)}, batch)["params"]
+    return nn.unbox(jax.eval_shape(init, {"params": jax.random.key(0)}, batch))["params"]
 
 
 def parameters_of(objective, config, length=32):

@@ -424,7 +424,9 @@ def test_units_of_one_token_have_the_loss_of_bert(setting, bind):
     network, params, batch = made(objective)
     apply = bert.network(config()).apply
     assert jax.tree.structure(params) == jax.tree.structure(
-        jax.eval_shape(bert.network(config()).init, {"params": jax.random.key(0)}, batch)["params"]
+        nn.unbox(jax.eval_shape(bert.network(config()).init, {"params": jax.random.key(0)}, batch))[
+            "params"
+        ]
     )
 
     @quick_jit

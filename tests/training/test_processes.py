@@ -16,6 +16,9 @@ from orbax import checkpoint as ocp
 
 from tests.launch.runs import command, environment, metrics, tiny, write_text
 
+# In one place: what they share takes minutes to make.
+pytestmark = pytest.mark.xdist_group("processes")
+
 DEVICES, STEPS, LONG = 4, 6, 80
 # Compiling is most of such a run.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
