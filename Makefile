@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # Fewer page faults for XLA's temporaries: a fifth of a small model's step on a CPU.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: train test hardware hardware-tpu hardware-cuda peers race lint lock clean
+.PHONY: train test hardware hardware-tpu hardware-cuda peers race compile-reports lint lock clean
 
 # No page faults at all: what is freed stays with the process, which then keeps its peak.
 KEEPING_MEMORY := glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0

@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.side_by_side import Contender, Page, fastest, race, rows
+from benchmarks.side_by_side import Contender, Page, attempted, fastest, race, rows
 from benchmarks.train_step_cases import CASES, Case
 from t5like.inference.compiled import Decoding
 from t5like.inference.generate import Generator
@@ -112,12 +112,15 @@ def best_of_torch(case: Case, make: Callable, expected: np.ndarray) -> Contender
         attention, static, compiled = setting
         name = "PyTorch: " + ("SDPA" if attention == "sdpa" else "plain attention")
         name += (", static cache" if static else "") + (", compiled" if compiled else "")
-        try:
+
+        def first(setting=setting) -> tuple[Callable, np.ndarray]:
             call = make(setting)
-            tokens = call()
-        except Exception as error:  # a setting that does not serve must not end the race
-            print(f"{case.name}, {name}: {type(error).__name__}: {str(error)[:100]}", flush=True)
+            return call, call()
+
+        served = attempted(f"{case.name}, {name}", first)
+        if served is None:
             continue
+        call, tokens = served
         check(tokens, expected, name)
         found.append(Contender(name, call, f"{tokens.size} equal"))
     best = fastest(found, calls=1)
@@ -148,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.alone:
             make = lambda setting, work=work: torch_generate(*work, options.new_tokens, setting)  # noqa: E731
             contenders.append(best_of_torch(case, make, expected))
-        race(contenders, options.rounds, steps=1)
+        race(contenders, options.rounds, calls=1)
         for cells in rows(name, expected.size, contenders):
             page.row(cells)
         del contenders

@@ -9,6 +9,9 @@ import pathlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass
@@ -45,6 +48,16 @@ def race(contenders: Sequence[Contender], rounds: int, calls: int) -> None:
         shift = r % len(contenders)
         for contender in (*contenders[shift:], *contenders[:shift]):
             contender.round(calls)
+
+
+def attempted(name: str, first: Callable[[], T]) -> T | None:
+    """What a setting's first calls give; None, and said why, where they raise: a setting that does
+    not serve must not end the race."""
+    try:
+        return first()
+    except Exception as error:
+        print(f"{name}: {type(error).__name__}: {str(error)[:100]}", flush=True)
+        return None
 
 
 def fastest(contenders: Sequence[Contender], calls: int) -> Contender:

@@ -18,6 +18,9 @@ BERT and ELECTRA ask for 15% of the tokens, and our losses compute logits for th
 transformers computes them all: that part of the gain is algorithmic. The row "ours, all logits"
 does without it.
 
+T5X's network is no contender, for it cannot be installed: no package of it that an index has
+imports, and its sources as stored are not of one commit.
+
 A round is --steps updates of each contender, in turn; a figure is the median of the rounds, with
 the lowest and the highest. A ratio is of tokens a second, ours over theirs, within a round. CPU
 time is of all threads, and includes what waiting ones spin. PyTorch's threads wait for each other
@@ -38,7 +41,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from benchmarks.side_by_side import Contender, Page, fastest, race, rows
+from benchmarks.side_by_side import Contender, Page, attempted, fastest, race, rows
 from benchmarks.train_step_cases import CASES, Case, ours
 from t5like.training.step import run_key
 
@@ -77,8 +80,15 @@ def torch_contender(case: Case, params: dict, expected: Losses, options) -> Cont
 
     batch, found = tensors(case.batch()), []
     for setting in SETTINGS[2:3] if options.quick else SETTINGS:
-        peer = Peer(case, params, setting)
-        losses = tuple(float(peer.step(batch, temperature=0.0)) for _ in range(2))
+
+        def first(setting=setting) -> tuple[Peer, Losses]:
+            peer = Peer(case, params, setting)
+            return peer, tuple(float(peer.step(batch, temperature=0.0)) for _ in range(2))
+
+        served = attempted(f"{case.name}, PyTorch: {setting}", first)
+        if served is None:
+            continue
+        peer, losses = served
         check(str(setting), losses, expected)
         peer.step(batch)
 

@@ -3,8 +3,9 @@
     python docs/compile_reports.py [PAGE ...]
 
 `make compile-reports` calls it. Each page's compile is its own process, in the environment of its
-compiler (.venv-tpu, .venv-cuda). Writes PAGE.md and PAGE.json for each, the same of two layers in
-shallow.json, and README-table.md from all that are there.
+compiler (.venv-tpu, .venv-cuda) and may take LIMIT seconds. Writes PAGE.md and PAGE.json for each,
+the same of its small form (FORMS) in shallow.json, and the table in README.md from the reports that
+are there. `python docs/compile_reports.py --table` writes the table only.
 """
 
 from __future__ import annotations
@@ -29,9 +30,26 @@ PAGES = {
     "yi_6b_h100x8": "h100:8",
     "yi_6b_h100x64": "h100:64",
 }
-# The form that tests compile again, and what is recorded of it.
+# What a page's command has beside that. Settings are not tried by compiling here: a try takes as
+# long as the report of a page that fits.
+MORE = {"t5_1_1_xxl_v5e256_data": ("--tries=0",)}
+LIMIT = 600
+# The small forms that tests compile again, each in under a minute: two layers, and for a TPU, whose
+# compiler is slow, narrow ones and short rows.
+NARROW = (
+    "--gin.ModelConfig.d_ff=512", "--gin.ModelConfig.num_heads=4", "--gin.train.length=128",
+    "--gin.train.targets_length=128",
+)  # fmt: skip
+FORMS = {
+    "t5_1_1_base_v5e256": ("--gin.ModelConfig.d_model=256", *NARROW),
+    "t5_1_1_xxl_v5e256": ("--gin.ModelConfig.d_model=512", *NARROW),
+    "yi_6b_h100x8": (),
+    "yi_6b_h100x64": (),
+}
 SHALLOW = ("--gin.ModelConfig.num_layers=2", "--tries=0")
 SHALLOW_FILE = FOLDER / "shallow.json"
+README = ROOT / "README.md"
+MARKS = ("<!-- compile reports: make compile-reports -->\n", "<!-- end of compile reports -->\n")
 HEAD = (
     "page", "chips", "preset", "parameters", "peak / memory a device", "FLOPs / model's",
     "collectives / floor", "compile time", "MFU at most",
@@ -42,7 +60,8 @@ def command(page: str, workdir: str, *more: str) -> list[str]:
     """The compile of a page as a user types it; `more` goes to launch/compile.py."""
     return [
         "launch/compile.py", f"--gin_file=gin_configs/runs/{page}.gin",
-        f"--topology={PAGES[page]}", "--nogenerate", f"--workdir={workdir}", *more,
+        f"--topology={PAGES[page]}", "--nogenerate", f"--workdir={workdir}",
+        *MORE.get(page, ()), *more,
     ]  # fmt: skip
 
 
@@ -56,12 +75,16 @@ def compiled(page: str, *more: str) -> tuple[str, dict]:
     """(what the compile of a page printed, its record).
 
     Raises:
-      SystemExit: it ended without a record.
+      SystemExit: it ended without a record, or not in LIMIT seconds.
     """
     with tempfile.TemporaryDirectory() as workdir:
-        done = subprocess.run(
-            [python(page), *command(page, workdir, *more)], cwd=ROOT, capture_output=True, text=True
-        )
+        typed = [python(page), *command(page, workdir, *more)]
+        try:
+            done = subprocess.run(
+                typed, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise SystemExit(f"{page}: not compiled in {LIMIT} s") from None
         saved = pathlib.Path(workdir) / "compile.json"
         if not saved.exists():
             raise SystemExit(f"{page}: {done.stderr[-2000:]}")
@@ -69,11 +92,23 @@ def compiled(page: str, *more: str) -> tuple[str, dict]:
 
 
 def regenerate(page: str) -> None:
-    """Compiles a page whole and shallow, and writes what came of it."""
+    """Compiles a page, and its small form if it has one, and writes what came of it."""
     write(page, *compiled(page))
+    if page in FORMS:
+        record_form(page)
+
+
+def small_form(page: str) -> dict:
+    """The numbers of a page's small form, compiled now."""
+    return small(compiled(page, *SHALLOW, *FORMS[page])[1])
+
+
+def record_form(page: str) -> None:
+    """Writes the numbers of a page's small form to SHALLOW_FILE."""
     known = json.loads(SHALLOW_FILE.read_text()) if SHALLOW_FILE.exists() else {}
-    known[page] = small(compiled(page, *SHALLOW)[1])
-    SHALLOW_FILE.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    known[page] = small_form(page)
+    known = {name: known[name] for name in FORMS if name in known}
+    SHALLOW_FILE.write_text(json.dumps(known, indent=1) + "\n")
 
 
 def write(page: str, printed: str, record: dict) -> None:
@@ -116,7 +151,18 @@ def table() -> str:
         path = FOLDER / f"{page}.json"
         if path.exists():
             lines.append("| " + " | ".join(row(page, json.loads(path.read_text()))) + " |")
+    missing = [page for page in PAGES if not (FOLDER / f"{page}.json").exists()]
+    if missing:
+        names = ", ".join(f"`{page}`" for page in missing)
+        lines += ["", f"Not reported yet, so nothing is claimed of them: {names}."]
     return "\n".join(lines) + "\n"
+
+
+def put_table(readme: str) -> str:
+    """The README's text with the table of now between MARKS."""
+    before, rest = readme.split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    return f"{before}{MARKS[0]}{table()}{MARKS[1]}{after}"
 
 
 def row(page: str, of: dict) -> list[str]:
@@ -138,7 +184,8 @@ def row(page: str, of: dict) -> list[str]:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or PAGES:
-        regenerate(name)
-        print(name, "done", flush=True)
-    (FOLDER / "README-table.md").write_text(table())
+    if sys.argv[1:] != ["--table"]:
+        for name in sys.argv[1:] or PAGES:
+            regenerate(name)
+            print(name, "done", flush=True)
+    README.write_text(put_table(README.read_text()))

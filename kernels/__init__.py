@@ -2,6 +2,6 @@
 
 from kernels import masks
 from kernels.bias import RelativeBias, relative_position_bucket
-from kernels.block_sparse_attention import attention
+from kernels.block_sparse_attention import BackendRefusal, attention
 
-__all__ = ["RelativeBias", "attention", "masks", "relative_position_bucket"]
+__all__ = ["BackendRefusal", "RelativeBias", "attention", "masks", "relative_position_bucket"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import sys
@@ -80,7 +81,8 @@ def complain(error: Exception) -> None:
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Parses flags, calls `main(positional arguments)`, and exits with its status.
 
-    A UserError, or a file that cannot be read or written, ends in one line and status 1. Other
+    A UserError, or a file that cannot be read or written, ends in one line and status 1 (75 for
+    what a restart cures). Other
     exceptions keep their traceback: they are ours to mend. Of several processes, the end of one
     in an error is that of all.
     """
@@ -93,7 +95,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         try:
             status = main(argv[1:])
         except UserError as error:
-            problem, status = error, 1
+            problem, status = error, getattr(error, "exit_status", 1)
         except BrokenPipeError:
             sys.stderr.close()
             status = 141
@@ -118,7 +120,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
             distributed.leave()
             sys.exit(status)
         distributed.failed(str(problem or "its own words say why"), status)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):  # Nobody reads any more.
+            sys.stdout.flush()
         # Python's own way out would wait for processes that will not come.
         os._exit(status)
 

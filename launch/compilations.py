@@ -43,8 +43,9 @@ def keep_compilations(cache: epath.PathLike) -> None:
     except OSError as error:
         logging.warning("compiled programs are not kept in %s: %s", folder, error)
         return
-    # Small programs as well: each costs more to compile than to read.
-    for name, value in zip(SETTINGS, (str(folder), 0.0), strict=True):
+    # On a disk small programs as well: each costs more to compile than to read.
+    least = 1.0 if is_remote(folder) else 0.0
+    for name, value in zip(SETTINGS, (str(folder), least), strict=True):
         jax.config.update(name, value)
     compilation_cache.reset_cache()  # What this process used before, if anything.
 

@@ -23,7 +23,7 @@ from t5like.data.loader import load
 from t5like.data.pipeline import Pipeline
 from t5like.data.plans import PlannedBatches
 from t5like.errors import UserError
-from t5like.training import distributed, identity, init_from, manifest
+from t5like.training import distributed, identity, init_from, manifest, startup
 from t5like.training.budget import Budget
 from t5like.training.checkpoints import steps_in
 from t5like.training.evaluation import HeldOut
@@ -31,8 +31,9 @@ from t5like.training.loop import FitResult, fit
 from t5like.training.signals import Preempted
 from t5like.training.tracks import Track, spent
 
-# The run stopped in a way that a restart cures, and how XLA's errors say so.
-RESTART = 75
+# Bindings in which processes of one run may differ.
+OF_A_MACHINE = ("train.cache_dir", "train.workers")
+# How XLA's errors say that a restart cures what happened.
 LOST = ("UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED", "CANCELLED")
 
 
@@ -48,7 +49,11 @@ def train(gin_files: Sequence[str], bindings: Sequence[str], workdir: str) -> in
 
 
 def stoppable(run: Callable[[], int]) -> int:
-    """The exit status of a command that trains: `run`'s own, or what it was stopped by."""
+    """The exit status of a command that trains: `run`'s own, or what it was stopped by.
+
+    Raises:
+      Restart: a device or host was lost.
+    """
     try:
         return run()
     except Preempted as stopped:
@@ -58,8 +63,9 @@ def stoppable(run: Callable[[], int]) -> int:
         distributed.wait_for_the_reason(error)
         if not str(error).startswith(LOST):
             raise
-        cli.complain(UserError(f"a device or host was lost ({error}): run the command again"))
-        return RESTART
+        raise distributed.Restart(
+            f"a device or host was lost ({error}): run the command again"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +94,7 @@ def train_resolved(
       progress: whether it is shown on the screen.
     """
     run: RunConfig = resolved.run
+    startup.check_same_everywhere(shared_settings(resolved))
     same = run_identity(resolved)
     check_workdir(workdir, same)
     # Beside a remote workdir, where a machine that takes over finds them.
@@ -218,6 +225,12 @@ def run_identity(resolved: config_lib.Resolved) -> dict[str, str]:
     same, _ = identity.split(resolved.bindings | resolved.objects, free)
     scopes = tuple(f"{scope}/" for scope in resolved.eval_scopes)
     return {name: value for name, value in same.items() if not name.startswith(scopes)}
+
+
+def shared_settings(resolved: config_lib.Resolved) -> dict[str, str]:
+    """The bindings that all processes of a run must have: all but what concerns one machine."""
+    shared, _ = identity.split(resolved.bindings | resolved.objects, OF_A_MACHINE)
+    return shared
 
 
 def check_workdir(workdir: str, same: dict[str, str]) -> None:

@@ -22,6 +22,10 @@ _MODULES = {
 BACKENDS = ("gpu", "reference", "tpu", "xla")
 
 
+class BackendRefusal(ValueError):
+    """The backend that a call names cannot serve it."""
+
+
 def attention(
     q: jax.Array,
     k: jax.Array,
@@ -73,12 +77,14 @@ def attention(
 
     Raises:
       TypeError: the mask is an array, or the arrays are not of 16 or 32 bit floats.
-      ValueError: shapes do not fit, the backend is unknown, or the named one cannot serve.
+      BackendRefusal: the backend is unknown, or the named one cannot serve.
+      ValueError: shapes do not fit.
     """
     check_shapes(q, k, v)
     check_sizes(block_sizes)
     if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"attention backend {backend!r} is unknown; there are {list(BACKENDS)}")
+        known = list(BACKENDS)
+        raise BackendRefusal(f"attention backend {backend!r} is unknown; there are {known}")
     mask = Full() if mask is None else mask
     check_mask(mask, q, k)
     check_bias(bias, q, k)
@@ -109,7 +115,7 @@ def _by_blocks(backend, q, k, v, mask: Mask, settings) -> tuple[jax.Array, jax.A
     is_short = xla.is_one_block(q.shape[1], k.shape[1])
     fast = [here] if here in ("tpu", "gpu") and not is_short and not apart else []
     if apart and backend == here:
-        raise ValueError(
+        raise BackendRefusal(
             f"attention backend {backend!r} cannot serve this call: {apart}; no compiler "
             "partitions a kernel: call attention inside jax.shard_map"
         )
@@ -121,7 +127,7 @@ def _by_blocks(backend, q, k, v, mask: Mask, settings) -> tuple[jax.Array, jax.A
         if reason is None:
             return flash.run(module, prepared, q.shape[1], interpret=here != name)
         if backend:
-            raise ValueError(f"attention backend {name!r} cannot serve this call: {reason}")
+            raise BackendRefusal(f"attention backend {name!r} cannot serve this call: {reason}")
     raise AssertionError("the xla backend serves every call")
 
 

@@ -7,48 +7,44 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
-
-from launch.compiling import chips, measure, memory, program as program_lib, topology
+from launch.compiling import (
+    changes as changes_lib,
+    chips,
+    measure,
+    memory,
+    program as program_lib,
+    topology,
+)
+from launch.compiling.changes import Change, Decoded
 from launch.compiling.chips import GIB, Chip
 from launch.compiling.program import Plan
 from launch.compiling.report import size, table
-from launch.run_config import RunConfig
-from t5like.errors import UserError
-from t5like.training.sharding import Sharding
 
 _UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": GIB, "T": 2.0**40}
 
 
-@dataclasses.dataclass(frozen=True)
-class Change:
-    """A changed configuration.
-
-    Attributes:
-      settings: what to pass on the command line.
-      config: the run with it.
-      needed: bytes of a device, estimated.
-    """
-
-    settings: str
-    config: RunConfig
-    needed: float
-
-
-def advise(plan: Plan, chip: Chip, tight: Mapping[str, Any], tries: int) -> dict[str, Any]:
+def advise(
+    plan: Plan, chip: Chip, tight: Mapping[str, Any], tries: int, decoded: Decoded | None = None
+) -> dict[str, Any]:
     """The advice as JSON values, with "lines" to print and a "summary" of one line.
 
     Args:
       tight: the record of the program that does not fit.
       tries: most changes that are tried by compiling.
+      decoded: of a generate program; None for a train step.
     """
     hbm, seen, place = chip.hbm, tight, chip.name
-    if "memory" not in tight and tries and tight["name"] != "generate":
+    if "memory" not in tight and tries and decoded is None:
         larger = _on_a_larger_chip(plan, chip, tight["name"])
         seen, place = larger or (tight, place)
-    needed = seen["memory"]["peak"] if "memory" in seen else _needed(plan, tight["refusal"])
-    tensors = sorted(memory.state_tensors(plan.state), key=lambda t: -t.bytes)[:8]
-    changes = list(_changes(plan, needed, hbm))
+    if "memory" in seen:
+        needed = seen["memory"]["peak"]
+    else:
+        needed = _needed(plan, tight["refusal"], decoded)
+    begin = "" if decoded is None else "params/model/"
+    tensors = [t for t in memory.state_tensors(plan.state) if t.name.startswith(begin)]
+    tensors = sorted(tensors, key=lambda t: -t.bytes)[:8]
+    changes = list(changes_lib.of(plan, needed, hbm, decoded))
     # Those that should fit first; of the rest, the nearest.
     likely = [change for change in changes if change.needed <= hbm]
     order = likely + sorted((c for c in changes if c.needed > hbm), key=lambda c: c.needed)
@@ -91,7 +87,7 @@ def _listed(title: str, rows: Sequence[tuple[str, str, float]]) -> Iterator[str]
         yield from list(table(("bytes", "on a device", "what"), cells, indent=4))[1:]
 
 
-def _needed(plan: Plan, refusal: str) -> float:
+def _needed(plan: Plan, refusal: str, decoded: Decoded | None) -> float:
     """Bytes that a program needs, from the compiler's refusal.
 
     It says either what the whole program uses or what its temporaries do, beside which the state
@@ -102,7 +98,7 @@ def _needed(plan: Plan, refusal: str) -> float:
         return float(used[1]) * _UNITS[used[2]]
     asked = re.search(r"\(([\d.]+)([KMGT]?)i?B?\) exceeds", refusal)
     asked = asked or re.search(r"([\d.]+)\s*([KMGT]?)i?B", refusal)
-    state = sum(memory.parts_of(plan.state).values())
+    state = changes_lib.held(plan, decoded)
     return state + (float(asked[1]) * _UNITS[asked[2]] if asked else 0.0)
 
 
@@ -122,128 +118,16 @@ def _on_a_larger_chip(plan: Plan, chip: Chip, name: str) -> tuple[Mapping[str, A
     return (record, larger.name) if "memory" in record else None
 
 
-# --- changes -----------------------------------------------------------------------------------
-
-
-def _changes(plan: Plan, needed: float, hbm: float) -> Iterator[Change]:
-    """Changes worth a thought, those that cost the least speed first; then, if none of them is
-    enough, several together."""
-    single = [change for move in _moves(plan) if (change := _estimated(plan, [move], needed))]
-    yield from single
-    if any(change.needed <= hbm for change in single):
-        return
-    moves: list = []
-    for move in _together(plan):
-        moves.append(move)
-        change = _estimated(plan, moves, needed)
-        if change is None:
-            moves.pop()
-        elif len(moves) > 1:
-            yield change
-            if change.needed <= hbm:
-                return
-
-
-def _moves(plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(setting, its fields) of single changes."""
-    config = plan.config
-    if config.model.remat != "full":
-        yield "--gin.ModelConfig.remat=\"'full'\"", {"remat": "full"}
-    for more in (2, 4):
-        yield f"--gin.train.accumulate={config.accumulate * more}", {"accumulate": more}
-    for tensor in (1, 2, 4):
-        yield from _layout(plan, tensor)
-
-
-def _together(plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Changes to add up: the state divided first, then what the step keeps."""
-    yield from _layout(plan, 1)
-    if plan.config.model.remat != "full":
-        yield "--gin.ModelConfig.remat=\"'full'\"", {"remat": "full"}
-    for more in (2, 4, 8, 16):
-        yield f"--gin.train.accumulate={plan.config.accumulate * more}", {"accumulate": more}
-
-
-def _layout(plan: Plan, tensor: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """All devices of a slice fsdp, but for some that are tensor."""
-    mesh = plan.mesh.shape
-    within = plan.mesh.size // (mesh["replica"] * mesh["sequence"])
-    fsdp = within // tensor
-    if within % tensor or (fsdp, tensor) == (mesh["fsdp"], mesh["tensor"]):
-        return
-    sharding = Sharding(
-        mesh["replica"], 1, fsdp, mesh["sequence"], tensor, plan.config.sharding.rules
-    )
-    text = "--gin.train.sharding=@Sharding() --gin.Sharding.data=1 "
-    text += f"--gin.Sharding.fsdp={fsdp} --gin.Sharding.tensor={tensor}"
-    yield text, {"sharding": sharding}
-
-
-def _estimated(
-    plan: Plan, moves: Sequence[tuple[str, dict[str, Any]]], needed: float
-) -> Change | None:
-    """Several changes at once, with what they would need; None where they are not possible.
-
-    The state and its gradients are counted exactly. Of the rest, half the rows at a time, or twice
-    the tensor axis, are taken to need half, and full recomputation what enters each layer and one
-    layer's share.
-    """
-    fields = {name: value for _, change in moves for name, value in change.items()}
-    config, model = plan.config, plan.config.model
-    if "remat" in fields:
-        model = dataclasses.replace(model, remat=fields["remat"])
-    try:
-        changed = dataclasses.replace(
-            config,
-            model=model,
-            accumulate=config.accumulate * fields.get("accumulate", 1),
-            sharding=fields.get("sharding", config.sharding),
-        )
-        other = program_lib.plan(changed, list(plan.mesh.devices.flat))
-    except UserError:
-        return None
-    parts, before = (x.config.sharding.parts(x.mesh, "batch") for x in (other, plan))
-    share = before / parts * plan.mesh.shape["tensor"] / other.mesh.shape["tensor"]
-    share *= config.accumulate / changed.accumulate
-    rest = max(0.0, needed - _fixed(plan)) * share
-    if "remat" in fields:
-        depth = max(model.stacks.values())
-        rest = min(rest, rest / depth + _entering(other))
-    settings = dict(text.split("=", 1) for move, _ in moves for text in _flags(move))
-    joined = " ".join(f"{name}={value}" for name, value in settings.items())
-    return Change(joined, changed, _fixed(other) + rest)
-
-
-def _flags(settings: str) -> list[str]:
-    return [f"--gin.{text.strip()}" for text in settings.split("--gin.") if text.strip()]
-
-
-def _fixed(plan: Plan) -> float:
-    """Bytes of the state and of the parameters' gradients in float32."""
-    leaves = jax.tree.leaves(plan.state.params)
-    gradients = sum(memory.on_device(leaf) / leaf.dtype.itemsize * 4 for leaf in leaves)
-    return sum(memory.parts_of(plan.state).values()) + gradients
-
-
-def _entering(plan: Plan) -> float:
-    """Bytes of what enters each layer, of the rows that a device computes at a time."""
-    model, total = plan.data.model, 0.0
-    rows = plan.config.sharding.parts(plan.mesh, "batch") * plan.config.accumulate
-    for batches in plan.data.pipelines.values():
-        for stack, depth in model.stacks.items():
-            tokens = 1
-            for length in batches.spec()[f"{stack}_input_tokens"][0]:
-                tokens *= length
-            width = jax.numpy.dtype(model.dtype).itemsize
-            total = max(total, depth * tokens / rows * model.d_model * width)
-    return total
-
-
 def _try(change: Change, plan: Plan, hbm: float) -> tuple[str, bool]:
     """(what came of compiling a change, whether it fits)."""
     changed = program_lib.plan(change.config, list(plan.mesh.devices.flat))
+    if change.decoded is None:
+        programs = program_lib.train_programs(changed)
+    else:
+        rows, new_tokens = change.decoded.rows, change.decoded.new_tokens
+        programs = [program_lib.compile_generate(changed, rows, new_tokens)]
     peak = 0.0
-    for made in program_lib.train_programs(changed):
+    for made in programs:
         if made.compiled is None:
             return f"{change.settings} does not fit either (compiled)", False
         peak = max(peak, memory.of(made.compiled).peak)

@@ -63,7 +63,7 @@ def read(
     mesh: Mapping[str, int],
     times: float,
     is_scattered: bool = False,
-    is_fused: bool = False,
+    is_apart: bool = False,
 ) -> Collective:
     """The collective that an instruction is.
 
@@ -72,7 +72,7 @@ def read(
       times: executions a step.
       is_scattered: whether each device cuts its own piece out of an all-reduce's result, and
         nothing else is done with it: a reduce-scatter.
-      is_fused: whether it runs in a fusion, beside what else is in there.
+      is_apart: whether it starts in one fusion and ends in another.
     """
     kind = kind_of(instruction)
     operands = [a for o in computation.operands(instruction) for a in o.arrays]
@@ -97,7 +97,7 @@ def read(
     factor = {"all-reduce": 2 * share, "collective-permute": 1.0, "collective-broadcast": 1.0}
     wire = payload * factor.get(kind, share)
     return Collective(
-        kind, tuple(arrays), axes, group, wire, times, asynchronous or is_fused,
+        kind, tuple(arrays), axes, group, wire, times, asynchronous or is_apart,
         instruction.source,
     )  # fmt: skip
 

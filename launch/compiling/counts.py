@@ -6,6 +6,7 @@ branch of a conditional, so nothing here is from it.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
@@ -69,6 +70,11 @@ class Counts:
         return sum(op.bytes * op.times for op in self.operations)
 
     @property
+    def unknown_loops(self) -> int:
+        """Loops whose length the text does not tell."""
+        return sum(not known for _, known in self.loops.values())
+
+    @property
     def wire(self) -> float:
         """Bytes that a device sends."""
         return sum(collective.total for collective in self.collectives)
@@ -91,7 +97,7 @@ class _Counter:
     def __init__(self, module: Module, mesh: Mapping[str, int], unknown: int):
         self._module, self._mesh, self._unknown = module, mesh, unknown
         self._counts = Counts()
-        self._fused: set[tuple[str, str | None]] = set()
+        self._fused: set[tuple[str, str]] = set()
 
     def run(self) -> Counts:
         self._walk(self._module.entry, 1.0)
@@ -116,8 +122,8 @@ class _Counter:
             self._walk(self._module.computations[name], times)
         elif collectives.kind_of(instruction):
             self._collective(instruction, computation, times)
-        elif opcode == "fusion" and self._communicates(self._called(instruction, "calls")):
-            self._fused_collectives(self._called(instruction, "calls"), computation.name, times)
+        elif opcode == "fusion" and any(self._inside(instruction)):
+            self._fused_collectives(instruction, computation, times)
             self._operation(instruction, computation, times)
         elif not opcode.endswith(("-done", "-update")):
             self._operation(instruction, computation, times)
@@ -148,34 +154,46 @@ class _Counter:
             elif flops := products.flops(instruction, computation):
                 yield instruction.source, flops
 
-    def _collective(
-        self, instruction: Instruction, computation: Computation, times: float, is_fused=False
-    ) -> None:
+    def _collective(self, instruction: Instruction, computation: Computation, times: float, **how):
         found = collectives.read(
-            instruction, computation, self._module, self._mesh, times,
-            _is_cut(instruction, computation), is_fused,
-        )  # fmt: skip
+            instruction, computation, self._module, self._mesh, times, **how
+        )
         if found.group > 1:
             self._counts.collectives.append(found)
 
-    def _fused_collectives(self, computation: Computation, place: str, times: float) -> None:
+    def _fused_collectives(self, fusion: Instruction, place: Computation, times: float) -> None:
         """Those in a fusion. A TPU fuses the start, the middle and the end of one that runs beside
         its neighbours with each of them: one channel in one place is one collective."""
-        for instruction in computation.instructions:
-            if instruction.opcode == "fusion":
-                self._fused_collectives(self._called(instruction, "calls"), place, times)
-            elif collectives.kind_of(instruction):
-                channel = instruction.attribute("channel_id")
-                if channel is None or (place, channel) not in self._fused:
-                    self._fused.add((place, channel))
-                    self._collective(instruction, computation, times, is_fused=True)
+        for instruction, inside in self._inside(fusion):
+            channel = instruction.attribute("channel_id")
+            if channel is not None:
+                if (place.name, channel) in self._fused:
+                    continue
+                self._fused.add((place.name, channel))
+            self._collective(
+                instruction, inside, times,
+                is_scattered=_is_cut(instruction, inside),
+                is_apart=self._fusions_of(place.name)[channel] > 1,
+            )  # fmt: skip
 
-    def _communicates(self, computation: Computation) -> bool:
-        return any(
-            collectives.kind_of(i)
-            or (i.opcode == "fusion" and self._communicates(self._called(i, "calls")))
-            for i in computation.instructions
-        )
+    def _inside(self, fusion: Instruction) -> Iterator[tuple[Instruction, Computation]]:
+        """Collectives in a fusion and in those that it is made of."""
+        inside = self._called(fusion, "calls")
+        for instruction in inside.instructions:
+            if instruction.opcode == "fusion":
+                yield from self._inside(instruction)
+            elif collectives.kind_of(instruction):
+                yield instruction, inside
+
+    @functools.cache  # noqa: B019 - the counter lives for one count.
+    def _fusions_of(self, place: str) -> collections.Counter[str]:
+        """Channel -> fusions of a computation in which it appears."""
+        found: collections.Counter[str] = collections.Counter()
+        for instruction in self._module.computations[place].instructions:
+            if instruction.opcode == "fusion":
+                channels = {i.attribute("channel_id") for i, _ in self._inside(instruction)}
+                found.update(channels - {None})
+        return found
 
     def _trips(self, loop: Instruction, computation: Computation) -> int:
         told = trip_count(loop, computation, self._module)
@@ -207,9 +225,10 @@ class _Counter:
 
 
 def _is_cut(instruction: Instruction, computation: Computation) -> bool:
-    """Whether every user of an all-reduce's result cuts a piece out, each device its own.
+    """Whether every user of a fused all-reduce's result cuts a piece out, each device its own.
 
-    TPUs write a reduce-scatter so, as a fusion of the two.
+    TPUs write a reduce-scatter so, as a fusion of the two. Outside of one the two are what they
+    say: everything is summed everywhere.
     """
     if instruction.opcode != "all-reduce":
         return False

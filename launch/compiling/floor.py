@@ -35,6 +35,9 @@ class Floor:
         sequence   = (s - 1) / s * B (s L) * 2 N_kv Dh * 3 c   keys and values of self-attention,
                      gathered forward and backward and their gradients scattered
 
+    With N > 1 the compiled step also reduces gradients over the copies in every micro-batch, where
+    once at the end would do, so that the ratio to this floor grows with N.
+
     Left out: the optimiser's own (a norm, Adafactor's means), metrics, and batches.
     """
 

@@ -53,6 +53,8 @@ def program(
     mesh = dict(plan.mesh.shape)
     counts = counts_lib.count(module, mesh, unknown_trips=made.trips)
     used = memory.of(made.compiled)
+    # What a loop of unknown length does is not known either.
+    is_known = not counts.unknown_loops
     record |= {
         "fits": chip is None or used.peak <= chip.hbm,
         "memory": dataclasses.asdict(used),
@@ -61,6 +63,7 @@ def program(
         "bytes": counts.bytes,
         "collectives": grouped(counts.collectives),
         "wire": counts.wire,
+        "unknown_loops": {"count": counts.unknown_loops, "trips": made.trips},
         "loops": {name: {"trips": n, "known": known} for name, (n, known) in counts.loops.items()},
     }
     if made.name.startswith("train"):
@@ -68,12 +71,12 @@ def program(
         least = floor.of(plan, track)
         record["floor"] = dataclasses.asdict(least) | {
             "total": least.total,
-            "ratio": counts.wire / least.total if least.total else None,
+            "ratio": counts.wire / least.total if least.total and is_known else None,
         }
     if chip is not None:
-        model_flops = 0.0 if math.isnan(made.model_flops) else made.model_flops
-        bound = roofline.estimate(counts, chip, topology, plan.mesh, model_flops)
-        record["roofline"] = dataclasses.asdict(bound) if bound else None
+        model_flops = made.model_flops if is_known else math.nan
+        found = roofline.estimate(counts, chip, topology, plan.mesh, model_flops)
+        record["roofline"] = dataclasses.asdict(found) if found else None
     return record
 
 
@@ -88,7 +91,7 @@ def flops(counts: Counts, made: Program, devices: int) -> dict[str, Any]:
     return {
         "model": model,
         "compiled": counts.flops,
-        "ratio": counts.flops / model if model else None,
+        "ratio": counts.flops / model if model and not counts.unknown_loops else None,
         "stages": stages,
         "kernels": sum(op.flops * op.times for op in counts.operations if op.is_kernel),
         "opaque_kernels": sorted(counts.opaque),

@@ -26,6 +26,7 @@ from t5like.errors import UserError
 from t5like.inference.compiled import Decoding, decode_batch
 from t5like.training import placement, step as step_lib
 from t5like.training.budget import Budget
+from t5like.training.compiling import compile_with
 from t5like.training.sharding import replicated
 from t5like.training.state import TrainState
 from t5like.training.tracks import Track, spent
@@ -196,6 +197,7 @@ def compile_train(planned: Plan, track: str, several: bool = False) -> Program:
             planned.tracks[track].flops_per_step,
             1,
             {name: shape for name, (shape, _) in features.items()},
+            config.compiler_options,
         )
 
 
@@ -250,13 +252,15 @@ def _compile(
     model_flops: float,
     trips: int,
     batch: Mapping[str, tuple[int, ...]],
+    options: Mapping[str, Any] | None = None,
 ) -> Program:
+    """A program, compiled under train.compiler_options as `fit` does."""
     started = time.monotonic()
     lowered = lower()
     traced = time.monotonic()
     compiled = refusal = None
     try:
-        compiled = lowered.compile()
+        compiled = compile_with(lowered, options)
     except jax.errors.JaxRuntimeError as error:
         if not str(error).startswith("RESOURCE_EXHAUSTED"):
             raise

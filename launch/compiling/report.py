@@ -74,11 +74,12 @@ def _program(program: Mapping[str, Any], record: Mapping[str, Any]) -> Iterator[
         yield f"  memory      does not fit: {program['refusal'].splitlines()[0][:WIDTH - 30]}"
         return
     yield from _memory(program["memory"], record["hbm"])
+    yield from _loops(program["unknown_loops"])
     yield from _flops(program["flops"])
     yield f"  moved       {size(program['bytes'])} of main memory, an upper estimate"
     yield from _collectives(program)
     if program.get("roofline"):
-        yield from _roofline(program["roofline"], program["flops"]["model"])
+        yield from _roofline(program["roofline"])
     else:
         yield "  roofline    none: no peak is known of this device"
 
@@ -127,23 +128,31 @@ def _collectives(program: Mapping[str, Any]) -> Iterator[str]:
         yield f"              {len(found) - _SHOWN} more kinds and shapes, {size(rest)}"
 
 
-def _roofline(bound: Mapping[str, Any], model: float | None) -> Iterator[str]:
-    links = ", ".join(f"{axes} {seconds(s)}" for axes, s in bound["collectives"].items())
+def _loops(unknown: Mapping[str, int]) -> Iterator[str]:
+    count, trips = unknown["count"], unknown["trips"]
+    if count:
+        times = "once" if trips == 1 else f"{trips} times"
+        yield f"  loops       {count} loop{'s' * (count > 1)} of unknown length, counted {times}"
+
+
+def _roofline(found: Mapping[str, Any]) -> Iterator[str]:
+    links = ", ".join(f"{axes} {seconds(s)}" for axes, s in found["collectives"].items())
+    mfu = found["mfu"]
     yield (
-        f"  roofline    {seconds(bound['best'])} to {seconds(bound['worst'])} a call"
-        + (f", MFU {bound['mfu'][0]:.0%} to {bound['mfu'][1]:.0%} at most" if model else "")
+        f"  roofline    about {seconds(found['best'])} to {seconds(found['worst'])} a call"
+        + (f", MFU about {mfu[0]:.0%} to {mfu[1]:.0%}" if mfu else "")
     )
     yield (
-        f"              products {seconds(bound['products'])}, memory {seconds(bound['memory'])}, "
-        f"operation by operation {seconds(bound['operations'])}"
+        f"              products {seconds(found['products'])}, memory {seconds(found['memory'])}, "
+        f"operation by operation {seconds(found['operations'])}"
     )
     if links:
-        yield f"              links: {links}; {seconds(bound['asynchronous'])} may hide"
+        yield f"              links: {links}; {seconds(found['asynchronous'])} may hide"
 
 
 def _assumptions() -> Iterator[str]:
     """What the roofline takes for granted."""
-    yield "The roofline is a bound, not a forecast; it assumes:"
+    yield "The roofline is an estimate, not a forecast:"
     yield from (f"  - {line}" for line in ASSUMPTIONS)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -15,6 +16,8 @@ from launch.compiling.topology import Topology
 from t5like.training.peaks import peak_flops
 
 ASSUMPTIONS = (
+    "an estimate, which a step may miss on either side: memory traffic is counted from above, "
+    "rates and overlap are ideal",
     "products at 100% of the bf16 peak, memory at 100% of its bandwidth; each operation takes the "
     "longer of the two",
     "bytes as every operation reads its operands and writes its result in main memory once",
@@ -25,7 +28,7 @@ ASSUMPTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Seconds of one call on one device, lower bounds all.
+    """Seconds of one call on one device, estimated, see ASSUMPTIONS.
 
     Attributes:
       products: FLOPs at peak.
@@ -33,8 +36,8 @@ class Roofline:
       operations: the longer of the two, operation by operation.
       collectives: mesh axes ("data", "data+fsdp") -> seconds of their links.
       asynchronous: of those seconds, what may run beside operations.
-      best, worst: the call, see ASSUMPTIONS.
-      mfu: model FLOPs over peak in `best` and in `worst`.
+      best, worst: the call, with all overlap that is possible and with none.
+      mfu: model FLOPs over peak in `best` and in `worst`; None where they are not known.
     """
 
     products: float
@@ -44,7 +47,7 @@ class Roofline:
     asynchronous: float
     best: float
     worst: float
-    mfu: tuple[float, float]
+    mfu: tuple[float, float] | None
 
 
 def estimate(
@@ -53,7 +56,7 @@ def estimate(
     """The roofline of a program; None for a device whose peak is not known.
 
     Args:
-      model_flops: of one call over all devices.
+      model_flops: of one call over all devices; NaN where they are not known.
     """
     peak = peak_flops(mesh.devices.flat[0])
     if not peak:
@@ -71,9 +74,10 @@ def estimate(
     together = sum(seconds.values())
     best, worst = max(operations, hidden) + together - hidden, operations + together
     ideal = model_flops / mesh.size / peak
+    mfu = (ideal / best, ideal / worst) if best and not math.isnan(ideal) else None
     return Roofline(
         counts.flops / peak, counts.bytes / chip.hbm_bandwidth, operations, seconds, hidden,
-        best, worst, (ideal / best if best else 0.0, ideal / worst if worst else 0.0),
+        best, worst, mfu,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from launch.compiling import advice, measure, program
+from launch.compiling import advice, changes, measure, program
 from launch.compiling.topology import Topology, chip_of, devices
 from launch.files import write_whole
 from launch.run_config import RunConfig
@@ -35,14 +35,19 @@ def compile_run(config: RunConfig, topology: Topology, asked: Asked) -> dict[str
     chip = chip_of(topology, absent[0])
     record = measure.run(planned, topology, chip)
     programs = program.train_programs(planned)
+    rows = asked.generate_batch or config.sharding.parts(planned.mesh, "batch")
     if asked.generate and program.can_generate(planned):
-        rows = asked.generate_batch or config.sharding.parts(planned.mesh, "batch")
         programs.append(program.compile_generate(planned, rows, asked.max_new_tokens))
     record["programs"] = [measure.program(planned, made, topology, chip) for made in programs]
     if asked.save_hlo:
         _save(programs, asked.save_hlo)
     tight = next((made for made in record["programs"] if not made["fits"]), None)
-    record["advice"] = None if tight is None else advice.advise(planned, chip, tight, asked.tries)
+    record["advice"] = None
+    if tight is not None:
+        decoded = None
+        if tight["name"] == "generate":
+            decoded = changes.Decoded(rows, bool(asked.generate_batch), asked.max_new_tokens)
+        record["advice"] = advice.advise(planned, chip, tight, asked.tries, decoded)
     return record
 
 

@@ -29,10 +29,12 @@ def moved(instruction: Instruction, computation: Computation, module: Module) ->
             return 2 * _main(operands[1].arrays)
         case "scatter":
             return 2 * _main(operands[-1].arrays)
-        case "copy-start" | "slice-start":
+        case "copy-start":
             return _main(instruction.arrays[:1]) + _main(operands[0].arrays)
+        case "slice-start":
+            return _sliced(instruction, operands[0])
         case "fusion":
-            return _fusion(instruction, operands, module.computations[instruction.called["calls"]])
+            return _fusion(instruction, operands, module)
         case "custom-call" if _ANNOTATION.search(instruction.text):
             return 0.0
     read = sum(_main(operand.arrays) for operand in operands)
@@ -43,9 +45,15 @@ def _main(arrays: tuple[Array, ...]) -> float:
     return sum(array.bytes for array in arrays if array.space == 0)
 
 
-def _fusion(
-    fusion: Instruction, operands: tuple[Instruction, ...], inside: Computation
-) -> float:
+def _sliced(start: Instruction, operand: Instruction) -> float:
+    """Of a slice that is taken beside other work: its shape is (operand, slice, ...)."""
+    piece = start.arrays[1]
+    reads = 0.0 if operand.arrays[0].space else piece.bytes
+    return reads + _main((piece,))
+
+
+def _fusion(fusion: Instruction, operands: tuple[Instruction, ...], module: Module) -> float:
+    inside = module.computations[fusion.called["calls"]]
     total, in_place = 0.0, {}
     results = inside.operands(inside.root) if inside.root.opcode == "tuple" else (inside.root,)
     for result, array in zip(results, fusion.arrays, strict=False):
@@ -61,12 +69,13 @@ def _fusion(
         if parameter is None or not operand.arrays or operand.arrays[0].space:
             continue
         part = in_place.get(parameter.name)
-        total += _read(parameter, inside, operand.bytes) if part is None else 0.0
+        total += _read(parameter, inside, operand.bytes, module) if part is None else 0.0
     return total
 
 
-def _read(parameter: Instruction, inside: Computation, whole: float) -> float:
-    """Bytes of a fusion's operand that it reads: the slices, where it only takes slices."""
+def _read(parameter: Instruction, inside: Computation, whole: float, module: Module) -> float:
+    """Bytes of a fusion's operand that it, or a fusion in it, reads: the slices, where it only
+    takes slices."""
     size, names, seen = 0.0, [parameter.name], set()
     while names:
         name = names.pop()
@@ -78,6 +87,10 @@ def _read(parameter: Instruction, inside: Computation, whole: float) -> float:
                 size += user.bytes
             elif user.opcode == "bitcast":
                 names.append(user.name)
+            elif user.opcode == "fusion":
+                inner = module.computations[user.called["calls"]]
+                places = (n for n, operand in enumerate(user.operands) if operand == name)
+                size += sum(_read(inner.parameters[n], inner, whole, module) for n in places)
             else:
                 return whole
     return min(size, whole)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels import RelativeBias, masks
+from kernels import BackendRefusal, RelativeBias, masks
 from t5like.errors import UserError
 from t5like.models.config import ModelConfig
 from t5like.models.layers import Dense
@@ -74,9 +74,7 @@ class Attention(nn.Module):
         backend = self.config.attention_backend
         try:
             return sharded_attention(*arguments, backend=backend, **options)
-        except (TypeError, ValueError) as error:
-            if backend is None:
-                raise
+        except BackendRefusal as error:
             raise UserError(f"ModelConfig.attention_backend = {backend!r}: {error}") from error
 
     def _keys_values(

@@ -221,7 +221,8 @@ def _changes_with_length(pattern: Mask | None) -> bool:
     return any(_changes_with_length(part) for part in parts if isinstance(part, Mask))
 
 
-# Arrays of a layer that remat can keep by name; each but attention_lse is [B, L, ...].
+# Arrays of a layer that remat can keep by name: attention_output is [B, H, Q, Dh], attention_lse
+# [B, H, Q], all others [B, L, ...].
 REMAT_NAMES = (
     "attention_query", "attention_key", "attention_value", "attention_output", "attention_lse",
     "mlp_hidden", "mlp_output",

@@ -10,8 +10,8 @@ from device to device, moves as many bytes and holds fewer. All the same they ar
   * any mask works at full sparsity: a device makes one list of its active blocks and runs one
     kernel over it, where a ring runs one for each stop, most of them empty under a window, and
     merges softmaxes between them;
-  * the gather is one collective that starts before queries are projected and needs no kernel to
-    wait for it; a ring hides its copies only behind stops that are long enough;
+  * there are two collectives a layer, of keys and of values, and one kernel after them; a ring
+    hides its copies only behind stops that are long enough;
   * keys and values are small: with grouped queries 2 N Dh numbers a slot, against H Dh of queries,
     as many of outputs, and the MLP's hidden states, all of which are split.
 The price is memory: 2 B K N Dh numbers, of one layer at a time, for what a gradient needs is kept

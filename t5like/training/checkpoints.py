@@ -246,7 +246,10 @@ class _RestoreArgs(ocp.args.PyTreeRestore):
 
 @contextlib.contextmanager
 def _naming(path: epath.Path) -> Iterator[None]:
-    """Turns a failed write into a UserError that names the path."""
+    """Turns a failed write into a UserError that names the path.
+
+    Where another process was lost, orbax's wait for it fails, in an OSError too.
+    """
     try:
         yield
     except UserError:
@@ -258,6 +261,7 @@ def _naming(path: epath.Path) -> Iterator[None]:
                 f"the disk is full: no checkpoint could be written to {path}; earlier "
                 "checkpoints are intact: free some space and run the same command again"
             ) from error
+        distributed.wait_for_the_reason(error)
         if isinstance(error, OSError):
             raise UserError(f"cannot write checkpoints to {path}: {error}") from error
         raise

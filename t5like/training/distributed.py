@@ -17,9 +17,10 @@ import re
 import signal
 import socket
 import threading
+import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from t5like.errors import UserError
@@ -28,6 +29,8 @@ from t5like.training.lifeline import RESTART, Agreement, Hub, Lifeline, end_now
 # Seconds that all processes have to come, and that one may work (build a corpus) or end while the
 # others wait for it: whoever dies meanwhile is noticed at once by other means.
 JOIN_SECONDS, WAIT_SECONDS = 300, 7 * 24 * 3600
+# Seconds until the process 0 that had the port before has ended.
+_PORT_SECONDS = 10
 _FLAGS = "--coordinator, --num_processes and --process_id"
 
 
@@ -47,10 +50,18 @@ class Place:
     devices: tuple[int, ...] | None = None
 
 
+class Restart(UserError):
+    """The run ends in a way that a restart cures; command lines exit with `exit_status`."""
+
+    exit_status = RESTART
+
+
 class _State:
     place: Place | None = None
     lifeline: Lifeline | None = None
+    waited_for_the_reason = False
     used: defaultdict[str, Any] = defaultdict(itertools.count)
+    on_abort: list[Any] = []
 
 
 def initialize(
@@ -69,7 +80,7 @@ def initialize(
       timeout: seconds that all processes have to come.
 
     Raises:
-      UserError: the three do not fit together, or not all processes came.
+      UserError: the three do not fit together, this process cannot join, or not all came.
     """
     if _State.place is not None:
         return
@@ -87,19 +98,30 @@ def initialize(
     watch = threading.Timer(patience, lambda: end_now(_not_joined(place, timeout), RESTART))
     watch.daemon = True
     watch.start()
-    jax.distributed.initialize(
-        place.coordinator,
-        place.count,
-        place.process,
-        local_device_ids=place.devices,
-        cluster_detection_method="deactivate",
-        initialization_timeout=timeout + 60,
-        shutdown_timeout_seconds=WAIT_SECONDS,
-    )
-    watch.cancel()
+    me = f"process {place.process} of {place.count} cannot join at {place.coordinator}"
+    mend = "the port must be free on process 0's host, and each process needs a number of its own"
+    # So does jax's client where two processes have one number.
+    _on_abort(lambda: end_now(f"{me} (jax's words are above): {mend}", 1))
+    try:
+        if place.process == 0:
+            _wait_for_port(place.coordinator)
+        jax.distributed.initialize(
+            place.coordinator,
+            place.count,
+            place.process,
+            local_device_ids=place.devices,
+            cluster_detection_method="deactivate",
+            initialization_timeout=timeout + 60,
+            shutdown_timeout_seconds=WAIT_SECONDS,
+        )
+    except Exception as error:
+        raise UserError(f"{me} ({error}): {mend}") from error
+    finally:
+        watch.cancel()
     _State.place = place
     _State.lifeline = _connect(place)
-    _hold_aborts(_State.lifeline)
+    # It also aborts when another process has died, which the lifeline tells in a line.
+    _on_abort(lambda: _State.lifeline.wait_for_the_end(5))
 
 
 def _given(coordinator, num_processes, process_id, timeout) -> Place | None:
@@ -146,7 +168,7 @@ def _detect(timeout: int) -> Place | None:
                 (
                     kind
                     for kind in clusters.ClusterEnv._cluster_types
-                    if not kind.opt_in_only_method and kind.is_env_present()
+                    if _may_be(kind) and kind.is_env_present()
                 ),
                 None,
             )
@@ -161,6 +183,12 @@ def _detect(timeout: int) -> Place | None:
             f"the other processes of this run cannot be found ({error}): name them with {_FLAGS}, "
             "or pass --num_processes=1 if there are none"
         ) from error
+
+
+def _may_be(kind: Any) -> bool:
+    """Whether jax may ask if processes are of that kind: any pod looks like one of a Job to it."""
+    of_a_job = kind.__name__ != "K8sCluster" or "JOB_COMPLETION_INDEX" in os.environ
+    return not kind.opt_in_only_method and of_a_job
 
 
 def _check_kubernetes() -> None:
@@ -195,6 +223,22 @@ def _tasks_here() -> int | None:
             counts += [int(match[1])] * int(match[2] or 1)
     node = int(os.environ.get("SLURM_NODEID", "0"))
     return counts[node] if node < len(counts) else None
+
+
+def _wait_for_port(coordinator: str) -> None:
+    """Raises OSError where the port stays taken, which jax's coordinator would crash at."""
+    _, port = _address(coordinator)
+    until = time.monotonic() + _PORT_SECONDS
+    while True:
+        try:
+            dual = socket.has_dualstack_ipv6()
+            family = socket.AF_INET6 if dual else socket.AF_INET
+            socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
+            return
+        except OSError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.5)
 
 
 def _not_joined(place: Place, timeout: int) -> str:
@@ -238,20 +282,18 @@ def _connect(place: Place) -> Lifeline:
     return lifeline
 
 
-def _hold_aborts(lifeline: Lifeline) -> None:
-    """jax's client aborts this process when another has died; the lifeline ends it with a line.
-
-    An abort for another reason takes its course.
-    """
+def _on_abort(act: Callable[[], None]) -> None:
+    """Has `act` done first where C++ aborts this process; where it returns, the abort goes on."""
 
     def on_abort(_: int) -> None:
-        lifeline.wait_for_the_end(5)
+        act()
         library.signal(signal.SIGABRT, None)
 
     library = ctypes.CDLL(None)
     library.signal.argtypes = ctypes.c_int, ctypes.c_void_p
-    lifeline.on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(on_abort)  # Kept from collection.
-    library.signal(signal.SIGABRT, ctypes.cast(lifeline.on_abort, ctypes.c_void_p))
+    kept = ctypes.CFUNCTYPE(None, ctypes.c_int)(on_abort)
+    library.signal(signal.SIGABRT, ctypes.cast(kept, ctypes.c_void_p))
+    _State.on_abort.append(kept)  # From collection.
 
 
 # --- who ---------------------------------------------------------------------------------------
@@ -328,19 +370,33 @@ def failed(line: str, status: int) -> None:
 def leave() -> None:
     """Waits for the others at the end of a run, so that no one takes the end for a death."""
     if _State.lifeline is not None:
-        barrier("end")
+        try:
+            barrier("end")
+        except Exception as error:
+            wait_for_the_reason(error)
+            raise
         _State.lifeline.leave()
 
 
 def wait_for_the_reason(error: BaseException) -> None:
-    """Ends this process with the reason, if `error` came of the loss of another process."""
-    if _State.lifeline is not None and _of_a_collective(error):
-        _State.lifeline.wait_for_the_end(40)
+    """Ends this process with the reason, if `error` came of the loss of another process.
+
+    Waits for it once: an error passes several places that ask.
+    """
+    if _State.lifeline is None or _State.waited_for_the_reason or not _of_a_collective(error):
+        return
+    _State.waited_for_the_reason = True
+    _State.lifeline.wait_for_the_end(40)
 
 
-def _of_a_collective(error: BaseException) -> bool:
-    words = "gloo", "nccl", "unavailable", "aborted", "cancelled", "deadline", "connection"
-    return any(word in str(error).lower() for word in words)
+def _of_a_collective(error: BaseException | None) -> bool:
+    words = ("gloo", "nccl", "unavailable", "aborted", "cancelled", "deadline", "connection")
+    words += ("barrier", "timed out")
+    while error is not None:
+        if any(word in str(error).lower() for word in words):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _client() -> Any:

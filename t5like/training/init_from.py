@@ -11,7 +11,7 @@ from etils import epath
 from flax import traverse_util
 
 from t5like.errors import UserError
-from t5like.training import checkpoints, manifest, signature
+from t5like.training import checkpoints, distributed, manifest, signature
 from t5like.training.state import TrainState
 
 
@@ -117,6 +117,8 @@ def _take(
 def find(path: epath.PathLike) -> tuple[epath.Path, dict[str, Any]]:
     """The newest readable checkpoint at or under `path`, and its info.
 
+    All processes take the same one: of those that the first process sees.
+
     Raises:
       UserError: there is none.
     """
@@ -126,11 +128,14 @@ def find(path: epath.PathLike) -> tuple[epath.Path, dict[str, Any]]:
     else:
         folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
         candidates = [folder / str(step) for step in reversed(checkpoints.steps_in(folder))]
+    # A run that is still writing there may have finished one more where another process looks.
+    candidates = [epath.Path(c) for c in distributed.gather("found", list(map(str, candidates)))[0]]
     for candidate in candidates:
         try:
             return candidate, manifest.verify(candidate)
         except manifest.Damaged as problem:
-            logging.warning("checkpoint %s is damaged and is not used: %s", candidate, problem)
+            if distributed.process_index() == 0:
+                logging.warning("checkpoint %s is damaged and is not used: %s", candidate, problem)
     what = "every checkpoint is damaged" if candidates else "there is no finished checkpoint"
     raise UserError(f"{what} in {path}: name a workdir of a run that has saved one")
 

@@ -78,6 +78,7 @@ class _Round:
 
     number: int
     counts: dict[int, int] = dataclasses.field(default_factory=dict)
+    settled: bool = False
 
 
 class Hub(threading.Thread):
@@ -98,7 +99,8 @@ class Hub(threading.Thread):
             ("", 0), family=family, dualstack_ipv6=dual, backlog=count
         )
         self.port = self._server.getsockname()[1]
-        self._count, self._peers, self._ended = count, {}, False
+        self._peers: dict[int, _Peer] = {}
+        self._count, self._waited_for, self._ended = count, set(range(count)), False
         self._rounds: dict[str, _Round] = {}
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._server, selectors.EVENT_READ)
@@ -125,6 +127,7 @@ class Hub(threading.Thread):
                 case "hello":
                     peer.process, peer.host = message["process"], message["host"]
                     self._peers[peer.process] = peer
+                    self._ask_late(peer)
                 case "leave":
                     peer.leaving = True
                 case "failed":
@@ -140,20 +143,21 @@ class Hub(threading.Thread):
         if peer.process is None:
             return
         del self._peers[peer.process]
+        self._waited_for.discard(peer.process)
         if not peer.leaving:
-            self._end(peer, _lost(peer.process, self._count, peer.host), RESTART)
+            line = _lost(peer.process, self._count, peer.host)
+            self._end(peer, line, RESTART, lost=True)
         for kind in list(self._rounds):
             self._close(kind)
         if set(self._peers) <= {0}:
             self.others_gone.set()
 
-    def _end(self, peer: _Peer, line: str, status: int) -> None:
+    def _end(self, peer: _Peer, line: str, status: int, lost: bool = False) -> None:
         """The first reason is the one that all hear."""
         if not self._ended:
             self._ended = True
-            self._tell(
-                **{"is": "end", "of": peer.process, "host": peer.host}, line=line, status=status
-            )
+            who = {"is": "end", "of": peer.process, "host": peer.host}
+            self._tell(**who, line=line, status=status, lost=lost)
 
     def _open(self, kind: str) -> None:
         if kind == "stop" and kind in self._rounds:
@@ -162,6 +166,12 @@ class Hub(threading.Thread):
         self._rounds[kind] = _Round(number)
         self._tell(**{"is": "ask"}, kind=kind, number=number)
 
+    def _ask_late(self, peer: _Peer) -> None:
+        """Asks a process that connected after the others were asked."""
+        for kind, under_way in self._rounds.items():
+            if not under_way.settled:
+                peer.channel.send(**{"is": "ask"}, kind=kind, number=under_way.number)
+
     def _take(self, process: int, kind: str, number: int, count: int) -> None:
         if number == self._rounds[kind].number:
             self._rounds[kind].counts[process] = count
@@ -169,10 +179,11 @@ class Hub(threading.Thread):
 
     def _close(self, kind: str) -> None:
         """Sets the check once all that are left have said how many they have made."""
-        counts = self._rounds[kind].counts
-        if counts and set(self._peers) <= set(counts):
+        under_way = self._rounds[kind]
+        counts = under_way.counts
+        if counts and not under_way.settled and self._waited_for <= set(counts):
+            under_way.settled = True
             self._tell(**{"is": "at"}, kind=kind, check=max(counts.values()) + 1)
-            counts.clear()
 
     def _tell(self, **message: Any) -> None:
         for peer in self._peers.values():
@@ -251,8 +262,8 @@ class Lifeline(threading.Thread):
         self._first_host = first_host
         self._leaving, self._heard, self._end_heard = False, threading.Event(), threading.Event()
         self.agreements = {kind: Agreement(kind, self._channel.send) for kind in ("stop", "save")}
-        # Kinds to propose, set by signal handlers, which must take no lock.
-        self.wanted: dict[str, bool] = {}
+        # Kinds to propose, set by signal handlers, which must take no lock and add no key.
+        self.wanted = dict.fromkeys(self.agreements, False)
         host = socket.gethostname()
         self._channel.send(**{"is": "hello"}, process=process, host=host, token=token)
 
@@ -281,8 +292,8 @@ class Lifeline(threading.Thread):
                 self.agreements[message["kind"]].settle(message["check"])
             case "end" if message["of"] == self._process:
                 self._heard.set()
-            case "end" if message["status"] == RESTART:
-                self._end(message["line"], RESTART)
+            case "end" if message["lost"]:
+                self._end(message["line"], message["status"])
             case "end":
                 # Whoever meets the same error says so itself.
                 threading.Thread(target=self._end_later, args=(message,), daemon=True).start()
@@ -327,9 +338,11 @@ def end_now(line: str, status: int, before: Callable[[], None] = lambda: None) -
     with _ending:
         # A progress bar hides the cursor.
         shown = "\x1b[?25h\n" if sys.stderr.isatty() else ""
-        print(f"{shown}error: {' '.join(line.split())}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # Nobody reads, or it is closed.
+            print(f"{shown}error: {' '.join(line.split())}", file=sys.stderr, flush=True)
         before()
-        sys.stdout.flush()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
         os._exit(status)
 
 

@@ -113,6 +113,7 @@ def fit(
         update and between the batches of an evaluation; of several processes, all stop when one
         gets it.
     """
+    startup.check_joined()
     mesh = sharding.mesh(devices)
     evals = evals or {}
     folder = epath.Path(workdir)
@@ -129,7 +130,21 @@ def fit(
         stack.callback(profiler.end)
         stop = stop or stack.enter_context(signals.catch_sigterm())
         stack.enter_context(sharding.in_force(mesh))
-        startup.check_same_everywhere(record)
+        free = {
+            "sharding": sharding,
+            "evals": sorted(evals),
+            "log_every": log_every,
+            "eval_every": eval_every,
+            "checkpoint_every_steps": checkpoint_every_steps,
+            "checkpoint_every_minutes": checkpoint_every_minutes,
+            "keep_best": keep_best,
+            "points": sorted(points),
+            "accumulate": accumulate,
+            "init_from": init_from,
+            "batch hashes": hash_fn is not None,
+            "compiler_options": compiler_options,
+        }
+        startup.check_same_everywhere({**record["identity"], **record, "identity": "", **free})
         checkpoints = Checkpoints(
             folder / "checkpoints", keep=keep, best_metric=keep_best, points=points
         )

@@ -16,34 +16,47 @@ from t5like.training import writers
 
 # Object stores take about one write of an object a second, and the file grows.
 _SECONDS = 60
+# Seconds between the tries of a write that must not fail.
+_PAUSES = (1, 3, 9)
 
 
 class RemoteLines(writers.Writer):
     """metrics.jsonl as writers.JsonLines keeps it; stored once a minute, at `flush` and at `close`.
 
     The loop flushes before it saves: a run that goes on from a checkpoint has all lines up to it.
+    `close` only warns, for how the run ended must not be lost in an error of its own.
 
     Raises:
-      UserError: on opening, `flush` and `close`, when the file cannot be written.
+      UserError: on opening, and after some tries on `flush`, when the file cannot be written.
     """
 
     def __init__(self, path: epath.PathLike, step: int, again: Collection[str] = ()):
         self._path = epath.Path(path)
         self._lines = writers.kept_lines(self._path, step, again)
         self._changed = True
-        self.flush()
+        self._store()
 
     def write(self, line: dict[str, Any]) -> None:
         self._lines.append(writers.encoded(line))
         self._changed = True
         if time.monotonic() - self._written > _SECONDS:
             try:
-                self.flush()
+                self._store()
             except UserError as error:  # There is time: the next flush has these lines too.
                 self._written = time.monotonic()
                 logging.warning("%s", error)
 
     def flush(self) -> None:
+        for pause in _PAUSES:
+            try:
+                self._store()
+                return
+            except UserError as error:
+                logging.warning("%s; trying again in %d s", error, pause)
+                time.sleep(pause)
+        self._store()
+
+    def _store(self) -> None:
         if not self._changed:
             return
         try:
@@ -53,7 +66,10 @@ class RemoteLines(writers.Writer):
         self._changed, self._written = False, time.monotonic()
 
     def close(self) -> None:
-        self.flush()
+        try:
+            self.flush()
+        except UserError as error:
+            logging.warning("%s: lines since the last checkpoint may be missing", error)
 
 
 class RemoteTensorBoard(writers.TensorBoard):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,11 +19,12 @@ import flax.linen as nn
 import jax
 import numpy as np
 from flax import traverse_util
-from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from t5like.errors import UserError
-from t5like.models.partitioning import DEFAULT_RULES, MESH_AXES, Rules
+from t5like.models.partitioning import MESH_AXES, Rules
+from t5like.training import sharding_rules
+from t5like.training.device_grid import device_grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Sharding:
 
     Attributes:
       replica: slices or pods that a slow network joins; batches are split over them, parameters
-        are not. A multiple of what the hardware has is no error: it divides a slice too.
+        are not. A multiple of the slices that there are is no error: it divides a slice too.
       data: parts of a batch whose parameters are copies; -1: what the others leave over.
       fsdp: parts of a batch that also divide the parameters and the optimiser's state.
       sequence: parts of each row (context parallelism).
@@ -50,6 +52,8 @@ class Sharding:
     def __post_init__(self):
         for axis in MESH_AXES:
             size = getattr(self, axis)
+            if not isinstance(size, int) or isinstance(size, bool):
+                raise UserError(f"Sharding.{axis} is {size!r}; it must be an int")
             if size < 1 and size != -1:
                 raise UserError(
                     f"Sharding.{axis} is {size}; it must be at least 1, or -1 for the devices "
@@ -61,22 +65,12 @@ class Sharding:
                 f"Sharding.{left[0]} and Sharding.{left[1]} are both -1: one of them at most can "
                 "be what the other axes leave over"
             )
-        for name, axes in self.logical_rules.items():
-            unknown = [axis for axis in axes if axis not in MESH_AXES]
-            if unknown:
-                raise UserError(
-                    f"Sharding.rules puts {name!r} on {unknown[0]!r}, which is no axis of the "
-                    f"mesh: it has {', '.join(MESH_AXES)}"
-                )
+        sharding_rules.over_defaults(self.rules)
 
     @property
     def logical_rules(self) -> Rules:
         """Logical axis -> mesh axes, defaults included."""
-        asked = {
-            name: (axes,) if isinstance(axes, str) else tuple(axes or ())
-            for name, axes in (self.rules or {}).items()
-        }
-        return {**DEFAULT_RULES, **asked}
+        return sharding_rules.over_defaults(self.rules)
 
     def mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
         """The mesh over `devices` (all by default), with the axes MESH_AXES.
@@ -84,18 +78,15 @@ class Sharding:
         Axes are Auto: under Explicit ones flax.linen's embedding lookups fail.
 
         Raises:
-          UserError: the sizes do not multiply to the number of devices.
+          UserError: the sizes do not multiply to the number of devices or do not fit where they
+            are, or the rules put two axes of one array on one of the mesh.
         """
         devices = jax.devices() if devices is None else list(devices)
         sizes = self._sizes(len(devices))
         kinds = (AxisType.Auto,) * len(MESH_AXES)
-        slices = {getattr(device, "slice_index", 0) for device in devices}
-        if len(slices) > 1 and sizes[0] % len(slices) == 0:
-            across = (len(slices),) + (1,) * (len(sizes) - 1)
-            within = (sizes[0] // len(slices), *sizes[1:])
-            grid = mesh_utils.create_hybrid_device_mesh(within, across, devices)
-            return Mesh(grid, MESH_AXES, axis_types=kinds)
-        return jax.make_mesh(sizes, MESH_AXES, axis_types=kinds, devices=devices)
+        mesh = Mesh(device_grid(sizes, devices), MESH_AXES, axis_types=kinds)
+        sharding_rules.check_collisions(functools.partial(self.axes, mesh))
+        return mesh
 
     def _sizes(self, devices: int) -> tuple[int, ...]:
         sizes = {axis: getattr(self, axis) for axis in MESH_AXES}

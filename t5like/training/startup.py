@@ -54,22 +54,33 @@ def restore_or_init(
     return (state if init_from is None else init_from.apply(state, template, vocabulary)), {}
 
 
-def check_same_everywhere(record: Mapping[str, Any]) -> None:
-    """Raises UserError where processes of one run have different settings, vocabularies or text."""
-    ours, *others = distributed.gather("record", dict(record))
+def check_same_everywhere(settings: Mapping[str, Any]) -> None:
+    """Raises UserError where processes of one run differ in a setting, or in jax's version.
+
+    All call it at the same time. What differs would be waited for in vain later on.
+
+    Args:
+      settings: {name: value}, compared as text.
+    """
+    said = {name: str(value) for name, value in settings.items()}
+    ours, *others = distributed.gather("same", {"jax": jax.__version__, **said})
     for process, theirs in enumerate(others, 1):
-        if theirs == ours:
-            continue
-        pairs = [
-            (name, here, theirs["identity"].get(name))
-            for name, here in ours["identity"].items()
-            if theirs["identity"].get(name) != here
-        ]
-        pairs += [(name, ours[name], theirs[name]) for name in ours if theirs[name] != ours[name]]
-        name, here, there = pairs[0]
+        for name in sorted(ours.keys() | theirs.keys()):
+            here, there = (known.get(name, "not set") for known in (ours, theirs))
+            if here != there:
+                raise UserError(
+                    f"process {process} is not set up as process 0 is: {name} is {there} there, "
+                    f"but {here} in process 0: give all processes the same command, code and files"
+                )
+
+
+def check_joined() -> None:
+    """Raises UserError where jax and this package disagree on how many processes there are."""
+    ours, of_jax = distributed.process_count(), jax.process_count()
+    if ours != of_jax:
         raise UserError(
-            f"process {process} is not set up as process 0 is: {name} is {there} there, not "
-            f"{here}: give all processes the same command, code and files"
+            f"jax has {of_jax} processes, but this run knows of {ours}: start them with "
+            "launch/train.py, or call t5like.training.distributed.initialize before jax is used"
         )
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import pathlib
+import re
 import sys
 
 import jax
@@ -21,19 +22,21 @@ from tests.launch.test_every_objective import OWN, PAGES, TINY
 
 ONE = Sharding()
 MIXED = Sharding(data=1, fsdp=2, sequence=2, tensor=2)
+# name -> (page of gin_configs/sharding, its sizes for eight devices).
 PRESETS = {
-    "data": Sharding(),
-    "fsdp": Sharding(data=1, fsdp=8),
-    "tensor_fsdp": Sharding(data=2, fsdp=2, tensor=2),
-    "sequence": Sharding(data=1, fsdp=-1, sequence=4),
-    "replicas": Sharding(replica=2, data=-1, fsdp=2),
+    "data": ("data", {}),
+    "fsdp": ("fsdp", {}),
+    "tensor_fsdp": ("tensor_fsdp", {"data": 2, "fsdp": 2}),
+    "sequence": ("sequence", {"sequence": 4}),
+    "replicas": ("fsdp", {"replica": 2, "data": -1, "fsdp": 2}),
 }
 # What is tried with more than MIXED: an encoder-decoder, and two networks at once.
 THOROUGH = {"span_corruption": (*PRESETS,), "electra": ("fsdp",)}
 # One of each track where there are several.
 UPDATES = {"biphasic": 2, "mixture": 2}
-# Two heads, for tensor = 2.
-GENERATORS = {
+# Two heads, for tensor = 2, of networks that are smaller; one kv head, which no axis splits.
+SHAPES = {
+    "causal_lm": {"ModelConfig.num_kv_heads": "1"},
     "electra": {"Electra.generator_width": "0.5"},
     "ernie_gram": {"ErnieGram.generator_size": "0.5"},
 }
@@ -51,12 +54,19 @@ def resolved(folder: pathlib.Path, *pages: str, **settings: str):
     return config.load(["runs/small.gin", *pages], bindings)
 
 
+def preset(name: str) -> Sharding:
+    page, sizes = PRESETS[name]
+    bindings = [*TINY, "TextSource.paths = 'text.txt'", "train.steps = 1"]
+    bindings += [f"Sharding.{axis} = {size}" for axis, size in sizes.items()]
+    return config.load(["runs/small.gin", f"sharding/{page}.gin"], bindings).run.sharding
+
+
 class Case:
     """One page, assembled once."""
 
     def __init__(self, folder: pathlib.Path, page: str):
         own = dict(item.split(" = ") for item in OWN.get(page, []))
-        own |= GENERATORS.get(page, {})
+        own |= SHAPES.get(page, {})
         if page == "distillation":
             own["Distillation.teacher_from"] = f"'{folder / 'teacher'}'"
         self.run = resolved(folder, f"objectives/{page}.gin", **own).run
@@ -102,7 +112,7 @@ class Case:
 def same_on_every_mesh(folder: pathlib.Path, page: str) -> None:
     case = Case(folder, page)
     expected, _ = case.metrics(ONE, 1)
-    presets = {"mixed": MIXED} | {name: PRESETS[name] for name in THOROUGH.get(page, ())}
+    presets = {"mixed": MIXED} | {name: preset(name) for name in THOROUGH.get(page, ())}
     for name, sharding in presets.items():
         found, texts = case.metrics(sharding, 8)
         for step, (ours, one) in enumerate(zip(found, expected, strict=True)):
@@ -129,7 +139,7 @@ def check_pieces(case: Case, sharding: Sharding, name: str) -> None:
 
 def initialises_in_pieces(folder: pathlib.Path) -> None:
     """No device makes more than its part, with room for the random bits of one parameter."""
-    case, sharding = Case(folder, "span_corruption"), PRESETS["fsdp"]
+    case, sharding = Case(folder, "span_corruption"), preset("fsdp")
     mesh = sharding.mesh()
     with sharding.in_force(mesh):
         template = placement.template(case.init, case.transform, sharding, mesh)
@@ -172,9 +182,32 @@ def refuses(folder: pathlib.Path) -> None:
     case = Case(folder, "causal_lm")
     asked = {
         "must multiply to 8": lambda: Sharding(data=3).mesh(),
-        "both 'embed' and 'mlp' on 'fsdp'": lambda: case.metrics(
-            Sharding(fsdp=-1, data=1, rules={"mlp": "fsdp"}), 8
+        "both 'layers' and 'mlp' on 'tensor', and the parameter wi/kernel": lambda: Sharding(
+            tensor=2, rules={"layers": "tensor"}
+        ).of_parameters(
+            Sharding(tensor=2).mesh(),
+            {"wi": {"kernel": ("layers", "embed", "mlp")}},
+            {"wi": {"kernel": np.zeros((2, 8, 8))}},
         ),
+        "both 'embed' and 'heads' on 'tensor', and there are arrays": lambda: Sharding(
+            tensor=2, rules={"embed": "tensor"}
+        ).mesh(),
+        "both 'batch' and 'mlp' on 'fsdp'": lambda: Sharding(
+            data=1, fsdp=-1, rules={"mlp": ("tensor", "fsdp")}
+        ).mesh(),
+        "both 'batch' and 'length' on 'sequence'": lambda: Sharding(
+            sequence=2, rules={"batch": ["data", "sequence"]}
+        ).mesh(),
+        "both 'length' and 'width' on 'sequence'": lambda: Sharding(
+            sequence=2, rules={"width": "sequence"}
+        ).mesh(),
+        "'hidden' is no logical axis": lambda: Sharding(rules={"hidden": "tensor"}),
+        "'head' is no logical axis; did you mean 'heads'": lambda: Sharding(rules={"head": None}),
+        "rules is .*; it must be a dict": lambda: Sharding(rules=[("mlp", "tensor")]),
+        "puts 'mlp' on 3": lambda: Sharding(rules={"mlp": 3}),
+        "on 'tensor' twice": lambda: Sharding(rules={"mlp": ("tensor", "tensor")}),
+        "Sharding.fsdp is 2.0": lambda: Sharding(fsdp=2.0),
+        "Sharding.data is '8'": lambda: Sharding(data="8"),
         "axis 'embed' of parameter .*, 32 long, does not divide into 5": lambda: case.metrics(
             Sharding(fsdp=5), 5
         ),
@@ -182,8 +215,6 @@ def refuses(folder: pathlib.Path) -> None:
         "train.batch_size=12": lambda: Sharding().check_batch(Sharding().mesh(), 12, (64,), 1),
         "rows of 31 tokens": lambda: MIXED.check_batch(MIXED.mesh(), 8, (64, 31), 1),
     }
-    import re
-
     for words, call in asked.items():
         try:
             call()
@@ -191,6 +222,8 @@ def refuses(folder: pathlib.Path) -> None:
             assert re.search(words, str(error)) and "\n" not in str(error), str(error)
         else:
             raise AssertionError(f"nothing was said of: {words}")
+    # What meets on an axis of one device is no collision.
+    Sharding(rules={"mlp": "fsdp"}).mesh()
     print("refuses")
 
 

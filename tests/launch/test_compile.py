@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
+import jax
 import pytest
 
-from launch.compiling import chips, topology
+from launch import config
+from launch.compiling import changes, chips, program, topology
 from t5like.errors import UserError
 from tests.launch.runs import fail, run, succeed
 
@@ -58,6 +61,8 @@ def test_what_is_compiled(compiled):
     assert train["memory"]["aliased"] >= 3 * each  # The state is donated.
     assert {"trips": LAYERS, "known": True} in train["loops"].values()
     assert {"trips": 5, "known": False} in generate["loops"].values()
+    assert "1 loop of unknown length, counted 5 times" in printed
+    assert not train["unknown_loops"]["count"] and train["flops"]["ratio"]
     assert all(len(line) <= 100 for line in printed.splitlines())
 
 
@@ -78,6 +83,38 @@ def test_collectives_are_near_their_floor(compiled):
     # Every layer's matrices are gathered in each direction; the tables once or twice.
     bytes_gathered = sum(c["bytes"] for c in gathered)
     assert train["floor"]["gathers"] <= bytes_gathered <= 1.5 * train["floor"]["gathers"]
+
+
+@pytest.fixture(scope="module")
+def planned():
+    """Of the same run on one device, at most of whose memory is its activations."""
+    pages = [page.partition("gin_configs/")[2] for page in PAGES[:2]]
+    bindings = [size.removeprefix("--gin.").replace("=", " = ", 1) for size in SIZES]
+    return program.plan(config.load(pages, bindings).run, jax.devices()[:1])
+
+
+def test_recomputing_less_is_advised_before_recomputing_all(planned):
+    advised = list(changes.of(planned, needed=1e9, hbm=2e8, decoded=None))
+    assert [change.config.model.remat for change in advised[:2]] == ["dots", "full"]
+    assert 2e8 < advised[1].needed < advised[0].needed < 1e9
+    assert advised[-1].needed <= 2e8 and "accumulate" in advised[-1].settings
+
+
+def test_decoding_is_advised_of_what_it_obeys(planned):
+    prompts = changes.Decoded(rows=4, asked=True, new_tokens=5)
+    advised = list(changes.of(planned, needed=1e9, hbm=6e8, decoded=prompts))
+    assert [change.settings for change in advised] == ["--generate_batch=2", "--generate_batch=1"]
+    assert [change.decoded.rows for change in advised] == [2, 1]
+    assert advised[0].needed == pytest.approx(5e8, rel=0.01)
+
+
+def test_compiler_options_reach_the_compiler(planned):
+    options = {"xla_cpu_enable_fast_math": "neither"}
+    changed = dataclasses.replace(
+        planned, config=dataclasses.replace(planned.config, compiler_options=options)
+    )
+    with pytest.raises(UserError, match=r"train.compiler_options\['xla_cpu_enable_fast_math'\]"):
+        program.train_programs(changed)
 
 
 def test_errors_are_one_line():

@@ -80,7 +80,7 @@ def test_a_loop_that_data_ends_runs_as_often_as_is_said():
 
     found = counted(while_small, (8, 32), (32, 32))
     assert found.flops == 5 * 2 * 8 * 32 * 32
-    assert list(found.loops.values()) == [(5, False)]
+    assert list(found.loops.values()) == [(5, False)] and found.unknown_loops == 1
 
 
 def test_a_conditional_counts_its_cheaper_branch():
@@ -188,7 +188,50 @@ def test_collectives_in_all_their_forms():
         ("collective-permute", ("data",), 2, 1, size),
         ("all-reduce", ("data",), 4, 1, 2 * size * 3 / 4),
     ]
-    assert [c.asynchronous for c in found] == [True, True, False, True]
+    # What starts and ends in one fusion has nothing beside it.
+    assert [c.asynchronous for c in found] == [True, False, False, True]
+
+
+def test_an_all_reduce_that_is_cut_later_sends_what_it_sums():
+    text = (
+        "HloModule jit_step, num_partitions=16\n\n"
+        "ENTRY %main (x: f32[8,128]) -> f32[2,128] {\n"
+        "  %x = f32[8,128]{1,0} parameter(0)\n"
+        "  %at = s32[] constant(0)\n"
+        "  %sum = f32[8,128]{1,0} all-reduce(%x), channel_id=1, replica_groups=[4,4]<=[16], "
+        "to_apply=%add\n"
+        "  ROOT %cut = f32[2,128]{1,0} dynamic-slice(%sum, %at, %at), "
+        "dynamic_slice_sizes={2,128}\n"
+        "}\n"
+    )
+    [found] = counts.count(hlo.parse(text), MESH).collectives
+    assert (found.kind, found.wire) == ("all-reduce", 2 * 8 * 128 * 4 * 3 / 4)
+
+
+def test_slices_of_a_stack_are_read_as_slices_however_deep():
+    text = (
+        "%inner (p: bf16[12,768,64], i: s32[]) -> bf16[1,768,64] {\n"
+        "  %p = bf16[12,768,64]{2,1,0} parameter(0)\n"
+        "  %i = s32[] parameter(1)\n"
+        "  ROOT %one = bf16[1,768,64]{2,1,0} dynamic-slice(%p, %i, %i, %i), "
+        "dynamic_slice_sizes={1,768,64}\n"
+        "}\n\n"
+        "%outer (q: bf16[12,768,64], j: s32[]) -> bf16[1,768,64] {\n"
+        "  %q = bf16[12,768,64]{2,1,0} parameter(0)\n"
+        "  %j = s32[] parameter(1)\n"
+        "  ROOT %in = bf16[1,768,64]{2,1,0} fusion(%q, %j), kind=kLoop, calls=%inner\n"
+        "}\n\n"
+        "ENTRY %main (w: bf16[12,768,64], k: s32[]) -> bf16[1,768,64] {\n"
+        "  %w = bf16[12,768,64]{2,1,0} parameter(0)\n"
+        "  %k = s32[]{:S(2)} parameter(1)\n"
+        "  %begun = ((bf16[12,768,64]{2,1,0}), bf16[1,768,64]{2,1,0:S(1)}, s32[]{:S(2)}) "
+        "slice-start(%w), slice={[0:1], [0:768], [0:64]}\n"
+        "  %ended = bf16[1,768,64]{2,1,0:S(1)} slice-done(%begun)\n"
+        "  ROOT %out = bf16[1,768,64]{2,1,0} fusion(%w, %k), kind=kOutput, calls=%outer\n"
+        "}\n"
+    )
+    # Read on to the chip; then read and written.
+    assert counts.count(hlo.parse(text), {"data": 1}).bytes == 3 * 768 * 64 * 2
 
 
 @pytest.mark.parametrize(

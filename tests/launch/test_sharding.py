@@ -21,5 +21,7 @@ def test_every_objective_is_the_same_on_every_mesh(tmp_path):
     assert {"refuses", "initialises in pieces", "goes on"} <= set(said)
     same = {line.split()[1]: line.split()[2:] for line in said if line.startswith("same ")}
     assert same.keys() == {*PAGES, "distillation"}
+    pages = {path.stem for path in (ROOT / "gin_configs" / "sharding").glob("*.gin")}
+    assert {page for page, _ in PRESETS.values()} == pages
     assert set(same["span_corruption"]) == {"mixed", *PRESETS}
     assert all(set(presets) <= set(same[page]) for page, presets in THOROUGH.items())

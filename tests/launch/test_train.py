@@ -16,6 +16,7 @@ from etils import epath
 from orbax import checkpoint as ocp
 
 from launch import training
+from t5like.training import distributed
 from tests.launch.runs import command, environment, fail, metrics, run, succeed, tiny, write_text
 
 QUICKSTART = "--gin_file=gin_configs/runs/quickstart.gin"
@@ -158,15 +159,16 @@ def test_the_quickstart_ends_with_three_losses_and_three_infills(quickstart, tmp
     assert quality["tokens"] > 100 and shown.count("Infill ") == 3
 
 
-def test_a_lost_device_exits_with_75(monkeypatch, text, tmp_path, capsys):
+def test_a_lost_device_exits_with_75(monkeypatch, text, tmp_path):
     def lost(**_):
         raise jax.errors.JaxRuntimeError("UNAVAILABLE: socket closed")
 
     monkeypatch.setattr(training, "fit", lost)
     pages = [a.partition("=")[2] for a in tiny(text) if a.startswith("--gin_file")]
     flags = [a[len("--gin.") :].replace("=", " = ", 1) for a in tiny(text) if "--gin." in a]
-    assert training.train(pages, flags, str(tmp_path)) == 75
-    assert "socket closed" in capsys.readouterr().err
+    with pytest.raises(distributed.Restart, match="socket closed") as raised:
+        training.train(pages, flags, str(tmp_path))
+    assert raised.value.exit_status == 75
 
 
 def test_a_workdir_that_cannot_be_made(text, tmp_path):

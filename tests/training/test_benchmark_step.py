@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import generate, train_step, train_step_hardware as hardware
-from benchmarks.side_by_side import Contender, race, rows
+from benchmarks.side_by_side import Contender, attempted, race, rows
 from benchmarks.train_step_cases import CASES, ours
 from t5like.models.transformer import Transformer
 
@@ -58,6 +58,20 @@ def test_our_tokens_are_greedy():
     np.testing.assert_array_equal(logits[:, 4:-1].argmax(-1), tokens)
     with pytest.raises(AssertionError, match="a rival writes 50.0%"):
         generate.check(np.stack([tokens[0], tokens[1] + 1]), tokens, "a rival")
+
+
+def test_decoding_alone_makes_its_page(monkeypatch, tmp_path):
+    monkeypatch.setitem(CASES, "Llama", small("Llama"))
+    sizes = ["--rows=2", "--length=4", "--new_tokens=3", "--rounds=1"]
+    page = tmp_path / "page.md"
+    assert generate.main(["--alone", "--cases", "Llama", *sizes, f"--out={page}"]) == 0
+    assert page.read_text().splitlines()[-1].startswith("| Llama | ours | ")
+
+
+def test_a_setting_that_raises_is_skipped_and_said(capsys):
+    assert attempted("T5, sum", lambda: sum([1, 2])) == 3
+    assert attempted("T5, division", lambda: 1 / 0) is None
+    assert capsys.readouterr().out == "T5, division: ZeroDivisionError: division by zero\n"
 
 
 def test_utilisation_is_model_flops_over_time(monkeypatch):
