@@ -124,6 +124,15 @@ class Objective:
         """
         return False
 
+    @property
+    def sees_ahead(self) -> bool:
+        """Whether an example's slots, on a decoder alone, may see later ones.
+
+        Batches of objectives that say no have no `decoder_causal_attention` (see layout.py), and
+        examples that need it are refused.
+        """
+        return self.reads_both_ways or self.reads_in_place
+
     def infilling(self) -> Any | None:
         """How blanks are asked for and answered (see t5like/inference/infill.py), or None."""
         return None

@@ -61,6 +61,10 @@ class Composite(Objective):
     def reads_in_place(self) -> bool:
         return any(part.reads_in_place for part in self.parts)
 
+    @property
+    def sees_ahead(self) -> bool:
+        return any(part.sees_ahead for part in self.parts)
+
     def infilling(self) -> Any | None:
         return _first(part.infilling() for part in self.parts)
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from objectives.show_reader import Lines, Reader, Runs, visible
 from t5like.data.examples import Aligned, Members, Seq2Seq
+from t5like.data.layout import FLAGS
 
 
 def laid_out(example: Any, pipeline: Any) -> dict[str, np.ndarray]:
@@ -104,7 +105,7 @@ def generated(row: Mapping[str, np.ndarray], reader: Reader) -> Lines:
         asked = row["decoder_loss_weights"][slots] > 0
         split = int(asked.argmax()) if asked.any() else len(asked)
         inputs, targets = targets[:split], targets[split:]
-        both_ways = row["decoder_causal_attention"][slots].any()
+        both_ways = FLAGS in row and row[FLAGS][slots].any()
         label = f"prefix (seen {'both ways' if both_ways else 'from the left'})"
     lines = [(label, reader.runs(inputs, "given"))] if len(inputs) else []
     spans = bool(reader.sentinel_numbers(inputs))

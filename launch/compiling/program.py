@@ -138,6 +138,7 @@ def features_of(
         objective.lengths.targets,
         tuple(dict.fromkeys(name for part in parts for name in part.features)),
         max(part.members for part in parts),
+        any(part.sees_ahead for part in parts),
     )
 
 
@@ -217,7 +218,8 @@ def compile_generate(planned: Plan, rows: int, new_tokens: int) -> Program:
     vocabulary, length = planned.data.vocabulary, planned.data.objective.lengths.inputs
     if model.position == "learned" and model.architecture == "decoder":
         length = min(length, model.max_length - new_tokens)
-    features = layout.spec(model.architecture, rows, length, 1)
+    both_ways = planned.data.objective.reads_both_ways
+    features = layout.spec(model.architecture, rows, length, 1, sees_ahead=both_ways)
     shapes = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=config.sharding.of_batch(mesh, shape))
         for name, (shape, dtype) in features.items()

@@ -4,7 +4,9 @@ The features and their names are those of seqio's feature converters, with three
 segment ids and positions are always there, padding is where the segment id is 0 (token 0 may be
 a real token), and in a row that is not full the slot after the last example holds BOS, packed or
 not (seqio repeats the last target there when it does not pack). Nothing is lost at padding slots:
-their weight is 0.
+their weight is 0. A decoder's `decoder_causal_attention`, 1 at slots that see each other both
+ways, is there only where an objective can set it: without it the model knows before it runs that
+no slot sees a later one, and leaves out that half of attention.
 """
 
 from __future__ import annotations
@@ -29,7 +31,6 @@ FEATURES = {
         "decoder_loss_weights",
         "decoder_segment_ids",
         "decoder_positions",
-        "decoder_causal_attention",
     ),
     "encoder_decoder": (
         "encoder_input_tokens",
@@ -42,6 +43,8 @@ FEATURES = {
         "decoder_positions",
     ),
 }
+
+FLAGS = "decoder_causal_attention"
 
 
 class LayoutError(ValueError):
@@ -64,22 +67,26 @@ def spec(
     targets_length: int | None,
     features: Sequence[str] = (),
     members: int = 1,
+    sees_ahead: bool = False,
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """{feature: (shape, dtype)} of a batch: int32, what ends in "weights" float32.
 
     Args:
       features: names of further features of the stack that predicts, without its name.
       members: M; shapes are [B, L], or [B, M, L] where M is more than 1.
+      sees_ahead: whether slots of a decoder-only model may see later ones: adds
+        `decoder_causal_attention`.
     """
     decoder = targets_length if architecture == "encoder_decoder" else length
     stack = "encoder" if architecture == "encoder" else "decoder"
+    flags = (FLAGS,) if sees_ahead and architecture == "decoder" else ()
     rows = (batch_size,) if members == 1 else (batch_size, members)
     return {
         name: (
             (*rows, decoder if name.startswith("decoder") else length),
             np.dtype(np.float32 if name.endswith("weights") else np.int32),
         )
-        for name in (*FEATURES[architecture], *(f"{stack}_{name}" for name in features))
+        for name in (*FEATURES[architecture], *flags, *(f"{stack}_{name}" for name in features))
     }
 
 
@@ -94,6 +101,7 @@ def lay_out(
     attend_across_documents: bool = True,
     features: Sequence[str] = (),
     members: int = 1,
+    sees_ahead: bool = False,
 ) -> dict[str, np.ndarray]:
     """Lays rows of examples out for an architecture.
 
@@ -106,15 +114,16 @@ def lay_out(
       pad_id: token id of the empty slots.
       attend_across_documents: False gives each document of an example its own segment id, the
         same one on both sides of an encoder_decoder.
-      features, members: see `spec`.
+      features, members, sees_ahead: see `spec`.
 
     Returns:
       {feature: [B, L] or [B, M, L]} as in `spec`. Positions count from 0 within each example.
 
     Raises:
-      LayoutError: an example does not fit. Nothing is ever cut.
+      LayoutError: an example does not fit, or has slots that see later ones without `sees_ahead`.
+        Nothing is ever cut.
     """
-    shapes = spec(architecture, len(rows), length, targets_length, features, members)
+    shapes = spec(architecture, len(rows), length, targets_length, features, members, sees_ahead)
     batch = {
         name: np.full(shape, pad_id if name.endswith("tokens") else 0, dtype)
         for name, (shape, dtype) in shapes.items()
@@ -179,7 +188,7 @@ def _place_in_decoder(row, at, segment, example, ramp, bos_id, across):
         row["decoder_loss_weights"][slots] = example.weights
         row["decoder_segment_ids"][slots] = _segments(segment, documents)
         row["decoder_positions"][slots] = _positions(example, ramp)
-        row["decoder_causal_attention"][slots] = 1
+        _let_see_ahead(row, slots)
         _place_features(row, "decoder", slots, example)
         return (slots.stop, 0), segment + _count(documents)
     split, size = len(example.inputs), len(example.inputs) + len(example.targets)
@@ -192,7 +201,7 @@ def _place_in_decoder(row, at, segment, example, ramp, bos_id, across):
     row["decoder_positions"][slots] = ramp[:size]
     if split and example.bidirectional_inputs:
         # The inputs stand one slot late, behind BOS: the block is BOS and all `split` of them.
-        row["decoder_causal_attention"][slots][: split + 1] = 1
+        _let_see_ahead(row, slice(slots.start, min(slots.start + split + 1, slots.stop)))
     _place_features(row, "decoder", slice(slots.start + split, slots.stop), example)
     _shift(row, slots, bos_id, documents)
     return (slots.stop, 0), segment + _count(documents)
@@ -223,6 +232,14 @@ def _place_features(row, stack: str, slots: slice, example: Aligned | Seq2Seq) -
     for name, values in example.features.items():
         if (feature := f"{stack}_{name}") in row:
             row[feature][slots] = values
+
+
+def _let_see_ahead(row, slots: slice) -> None:
+    if FLAGS not in row:
+        raise _DoesNotFit(
+            "it has slots that see later ones, and its objective's `sees_ahead` is False"
+        )
+    row[FLAGS][slots] = 1
 
 
 def _claim(segment_ids: np.ndarray, start: int, size: int, what: str) -> slice:

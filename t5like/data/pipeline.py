@@ -184,13 +184,14 @@ class Pipeline:
             attend_across_documents=self.attend_across_documents,
             features=self._features,
             members=self._members,
+            sees_ahead=self._sees_ahead,
         )
 
     def spec(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """{feature: (shape, dtype)} of a global batch."""
         return layout.spec(
             self.architecture, self.batch_size, self.length, self.targets_length,
-            self._features, self._members,
+            self._features, self._members, self._sees_ahead,
         )  # fmt: skip
 
     @functools.cached_property
@@ -198,6 +199,11 @@ class Pipeline:
         """Further features that any of the objectives asks for."""
         asked = (getattr(c.objective, "features", ()) for c in self.components)
         return tuple(dict.fromkeys(itertools.chain.from_iterable(asked)))
+
+    @functools.cached_property
+    def _sees_ahead(self) -> bool:
+        """Whether any of the objectives lets slots of a decoder see later ones."""
+        return any(getattr(c.objective, "sees_ahead", False) for c in self.components)
 
     @functools.cached_property
     def _members(self) -> int:

@@ -103,6 +103,7 @@ class _BitsPerByte:
             targets_length=self.length,
             bos_id=model.vocabulary.bos_id,
             pad_id=model.vocabulary.pad_id,
+            sees_ahead=model.objective.sees_ahead,
         )
         weights = self._counted(batch, model.vocabulary.eos_id)
         return batch | {"decoder_loss_weights": weights}

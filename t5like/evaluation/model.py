@@ -60,6 +60,7 @@ class TrainedModel:
             targets_length=1,
             bos_id=self.vocabulary.bos_id,
             pad_id=self.vocabulary.pad_id,
+            sees_ahead=self.both_ways or self._in_place,
         )
         if self.config.architecture == "encoder_decoder":
             return {name: value for name, value in batch.items() if name.startswith("encoder_")}
@@ -73,10 +74,13 @@ class TrainedModel:
                 "positions: lower the measure's length or raise ModelConfig.max_length"
             )
 
+    @property
+    def _in_place(self) -> bool:
+        return self.objective is not None and self.objective.reads_in_place
+
     def _example(self, ids: np.ndarray, length: int) -> Example:
         vocabulary, architecture = self.vocabulary, self.config.architecture
-        in_place = self.objective is not None and self.objective.reads_in_place
-        if architecture == "decoder" and not in_place:
+        if architecture == "decoder" and not self._in_place:
             text = ids[: length - 1]
             # The target that nothing is asked of makes room for BOS.
             return Seq2Seq(text, np.array([vocabulary.pad_id]), bidirectional_inputs=self.both_ways)

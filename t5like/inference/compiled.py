@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from t5like.data.layout import FLAGS
 from t5like.errors import UserError
 from t5like.inference.beam import beam_search
 from t5like.inference.decoding import Decoded, Stop, sample
@@ -86,9 +87,9 @@ def decode_batch(
         # This call keeps the cross-attention's keys and values in the cache.
         _, state = apply(prompts, jnp.zeros_like(prompts), state, encoded=encoded)
     else:
-        prefix_lengths = jnp.sum(batch["decoder_causal_attention"], axis=1)
-        cache = init_cache(config, prompts.shape[0], slots)
-        state = {"cache": cache, "prefix_lengths": prefix_lengths}
+        state = {"cache": init_cache(config, prompts.shape[0], slots)}
+        if FLAGS in batch:
+            state["prefix_lengths"] = jnp.sum(batch[FLAGS], axis=1)
 
     arguments = (apply, state, prompts, jnp.sum(batch["decoder_segment_ids"] != 0, axis=1))
     shared = dict(

@@ -192,6 +192,7 @@ class Generator:
             targets_length=targets_length,
             bos_id=self.vocabulary.bos_id,
             pad_id=self.vocabulary.pad_id,
+            sees_ahead=self.bidirectional_inputs,
         )
 
     def _prompts(self, inputs: Sequence[np.ndarray], width: int) -> dict[str, np.ndarray]:

@@ -37,6 +37,7 @@ def test_reproduces_seqios_feature_converters(shared_data):
             targets_length=lengths["targets"] if both else None,
             bos_id=arguments.get("bos_id", 0),
             pad_id=0,
+            sees_ahead=True,
         )
         for r, features in enumerate(expected):
             for name, values in features.items():
@@ -48,7 +49,7 @@ def test_reproduces_seqios_feature_converters(shared_data):
                 np.testing.assert_array_equal(actual, values, f"{case['test']}: {name}")
 
 
-def decoder(*examples, length=12, bos=9, across=True):
+def decoder(*examples, length=12, bos=9, across=True, sees_ahead=True):
     batch = lay_out(
         [list(examples)],
         architecture="decoder",
@@ -56,6 +57,7 @@ def decoder(*examples, length=12, bos=9, across=True):
         bos_id=bos,
         pad_id=0,
         attend_across_documents=across,
+        sees_ahead=sees_ahead,
     )
     return {name.removeprefix("decoder_"): array[0].tolist() for name, array in batch.items()}
 
@@ -95,6 +97,16 @@ def test_without_a_bidirectional_prefix_all_is_causal():
     row = decoder(example, Seq2Seq(NONE, ints(4, 5)), length=6)
     assert row["causal_attention"] == [0] * 6
     assert row["loss_weights"] == [1, 1, 1, 1, 1, 0]
+    without = decoder(example, Seq2Seq(NONE, ints(4, 5)), length=6, sees_ahead=False)
+    assert without == {k: v for k, v in row.items() if k != "causal_attention"}
+
+
+@pytest.mark.parametrize(
+    "example", [Seq2Seq(ints(1), ints(2)), Aligned(ints(1), ints(2), np.ones(1, np.float32))]
+)
+def test_who_sees_ahead_unannounced_is_refused(example):
+    with pytest.raises(LayoutError, match="example 1 of row 0: .* `sees_ahead` is False"):
+        decoder(Seq2Seq(NONE, ints(4)), example, sees_ahead=False)
 
 
 def test_documents_that_must_not_see_each_other():
@@ -136,6 +148,7 @@ def test_aligned_is_not_shifted(side):
         bos_id=9,
         pad_id=1,
         attend_across_documents=False,
+        sees_ahead=True,
     )
     row = {name.removeprefix(f"{side}_"): array[0].tolist() for name, array in batch.items()}
     assert row["input_tokens"] == [5, 6, 7, 3, 4, 1]
@@ -171,10 +184,11 @@ def test_every_token_is_laid_out_once_and_pads_weigh_nothing(rows, architecture)
 
     rows = [[example(*sizes) for sizes in row] for row in rows]
     batch = lay_out(
-        rows, architecture=architecture, length=40, targets_length=20, bos_id=7, pad_id=0
-    )
+        rows, architecture=architecture, length=40, targets_length=20, bos_id=7, pad_id=0,
+        sees_ahead=True,
+    )  # fmt: skip
     shapes = {name: (array.shape, array.dtype) for name, array in batch.items()}
-    assert shapes == spec(architecture, len(rows), 40, 20)
+    assert shapes == spec(architecture, len(rows), 40, 20, sees_ahead=True)
     for r, row in enumerate(rows):
         sides = {
             "encoder": {"encoder": [e.tokens for e in row if architecture == "encoder"]},

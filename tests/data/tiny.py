@@ -57,6 +57,7 @@ class Cut:
     """Inputs and targets are the two sides of a random cut; bounds know the cut from the rng."""
 
     unit: Window | Document
+    sees_ahead = True
 
     def bounds(self, raw_length, rng):
         at = int(rng.integers(raw_length + 1))
@@ -73,6 +74,7 @@ class Mark:
     """Aligned: every other token, at random, is to be said again."""
 
     unit: Window | Document
+    sees_ahead = True
 
     def bounds(self, raw_length, rng):
         return Lengths(raw_length)

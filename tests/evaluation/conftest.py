@@ -32,7 +32,7 @@ TINY = ModelConfig(
 class Speaker:
     """An objective that continues and infills, as T5 does."""
 
-    reads_in_place = False
+    reads_in_place = sees_ahead = False
 
     def infilling(self):
         return Sentinels(VOCABULARY.sentinels, VOCABULARY.eos_id, bidirectional_inputs=False)
@@ -46,7 +46,7 @@ class Speaker:
 class Mute:
     """An objective that does neither, such as masked language modelling."""
 
-    reads_in_place = True
+    reads_in_place = sees_ahead = True
 
     def infilling(self):
         return None

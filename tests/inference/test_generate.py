@@ -53,7 +53,7 @@ def full_forward(gen: Generator):
         )
         batch = lay_out(
             [[example]], architecture=gen.config.architecture, length=64, targets_length=32,
-            bos_id=VOCABULARY.bos_id, pad_id=VOCABULARY.pad_id,
+            bos_id=VOCABULARY.bos_id, pad_id=VOCABULARY.pad_id, sees_ahead=gen.bidirectional_inputs,
         )  # fmt: skip
         last = int((batch["decoder_segment_ids"] != 0).sum()) - 1
         return np.asarray(apply({"params": gen.params}, batch)[0, last])

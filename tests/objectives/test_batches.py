@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
+from kernels.block_sparse_attention.flash import make_problem
 from objectives.bart import Bart
 from objectives.causal_lm import CausalLM
 from objectives.codegen2 import CodeGen2
@@ -14,6 +16,7 @@ from objectives.distillation import Distillation
 from objectives.electra import Electra
 from objectives.ernie_gram import ErnieGram
 from objectives.fim import FIM
+from objectives.mixture import Mixture
 from objectives.mlm import MaskedLM
 from objectives.next_token import NextToken
 from objectives.prefix_lm import PrefixLM
@@ -23,6 +26,7 @@ from objectives.ul2 import UL2
 from t5like.data.examples import Document
 from t5like.data.pipeline import Component, Pipeline
 from t5like.errors import UserError
+from t5like.models.attention_layout import Layout
 from t5like.models.visibility import self_mask
 
 CASES = [
@@ -160,6 +164,40 @@ def test_a_prefix_that_is_predicted_and_sees_itself_sees_its_answers(setting):
     bound = PrefixLM(loss_on_inputs=True).bind(setting("decoder", 64))
     seen, asked = leaks(pipeline_of(bound, RisingCorpus(), pack=True, across=True).batch(0))
     assert asked / 4 < seen < asked
+
+
+SEEN_AHEAD = [
+    (CausalLM(), False),
+    (CodeGen2(), False),
+    (FIM(), False),
+    (SpanCorruption(bidirectional_inputs=False), False),
+    (PrefixLM(), True),
+    (Distillation(student=SpanCorruption(), teacher_from="unread"), True),
+    (MaskedLM(), True),
+    (Mixture(objectives={"clm": CausalLM(), "prefix": PrefixLM()}), True),
+]
+
+
+@pytest.mark.parametrize(("objective", "sees_ahead"), SEEN_AHEAD)
+def test_what_a_model_knows_of_a_mask_before_it_runs(setting, objective, sees_ahead):
+    """A causal run's lists of blocks have the room of a triangle, and its halves are swapped."""
+    bound = objective.bind(setting("decoder", 1024))
+    pipeline = pipeline_of(bound, MemoryCorpus(), pack=True, across=False)
+    batch = pipeline.batch(0)
+    assert {name: (x.shape, x.dtype) for name, x in batch.items()} == pipeline.spec()
+    assert ("decoder_causal_attention" in batch) == sees_ahead
+    found = {}
+
+    def look(batch):
+        mask = self_mask(batch, "decoder")
+        problem = make_problem(mask, 1024, 1024, (128, 128), scale=1.0, soft_cap=None)
+        found["room"] = problem.by_row.rows.shape[-1]
+        found["swaps"] = layout.swaps_queries(mask, 1024, 1024)
+
+    layout = Layout((), (), (), (), queries=("sequence",), keys=("sequence",))
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((4,), ("sequence",))):
+        jax.eval_shape(look, batch)
+    assert found == {"room": 64 if sees_ahead else 36, "swaps": not sees_ahead}
 
 
 @pytest.mark.parametrize("architecture", ErnieGram.architectures)

@@ -68,7 +68,10 @@ def batch_of(setting, record):
     def make(bound, architecture="encoder", rows=4):
         length = bound.lengths.inputs
         examples = [[bound.corrupt(record(length - 8, r), generator(r, "x"))] for r in range(rows)]
-        return lay_out(examples, architecture=architecture, length=length, bos_id=0, pad_id=0)
+        return lay_out(
+            examples, architecture=architecture, length=length, bos_id=0, pad_id=0,
+            sees_ahead=bound.sees_ahead,
+        )  # fmt: skip
 
     return make
 

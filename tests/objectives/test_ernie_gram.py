@@ -293,7 +293,7 @@ def made(objective, rows=3, scale=0.3, **fields):
     examples = [[objective.corrupt(record(raw, r), generator(r, "x"))] for r in range(rows)]
     batch = lay_out(
         examples, architecture=objective.setting.architecture, length=objective.setting.length,
-        bos_id=0, pad_id=0, features=objective.features,
+        bos_id=0, pad_id=0, features=objective.features, sees_ahead=objective.sees_ahead,
     )  # fmt: skip
     network = objective.network(config(objective.setting.architecture, **fields))
     shapes = nn.unbox(jax.eval_shape(network.init, {"params": jax.random.key(0)}, batch))["params"]
@@ -477,7 +477,8 @@ def test_packed_texts_do_not_see_each_other(bind):
     network, params, _ = made(objective, rows=1)
     two = [objective.corrupt(record(20, seed), generator(seed, "x")) for seed in (5, 6)]
     lay = functools.partial(
-        lay_out, architecture="decoder", length=64, bos_id=0, pad_id=0, features=objective.features
+        lay_out, architecture="decoder", length=64, bos_id=0, pad_id=0,
+        features=objective.features, sees_ahead=objective.sees_ahead,
     )
     apart, packed = lay([[two[0]], [two[1]]]), lay([two, []])
     params = jax.tree.map(jax.numpy.asarray, params)

@@ -47,6 +47,7 @@ def made(objective, architecture, setting, record, rows=3, length=32):
         targets_length=bound.lengths.targets,
         bos_id=0,
         pad_id=0,
+        sees_ahead=bound.sees_ahead,
     )
     network = bound.network(config(architecture))
     shapes = nn.unbox(jax.eval_shape(network.init, {"params": jax.random.key(0)}, batch))["params"]
@@ -146,7 +147,10 @@ def test_prefix_lm_asks_half_of_what_causal_lm_asks(setting, record):
     for objective in (CausalLM(), PrefixLM()):
         bound = objective.bind(setting("decoder", 64))
         examples = [[bound.corrupt(record(64, r), generator(r, "x"))] for r in range(rows)]
-        batch = lay_out(examples, architecture="decoder", length=64, bos_id=0, pad_id=0)
+        batch = lay_out(
+            examples, architecture="decoder", length=64, bos_id=0, pad_id=0,
+            sees_ahead=bound.sees_ahead,
+        )  # fmt: skip
         asked[type(objective)] = batch["decoder_loss_weights"].mean()
     assert asked[CausalLM] == 1.0
     assert abs(asked[PrefixLM] - 0.5) < 0.06

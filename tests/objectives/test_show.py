@@ -34,7 +34,7 @@ def lines(window, example, architecture, *, readable=None, names=None):
     drawn = types.SimpleNamespace(index=0, record=record, component=component, example=example)
     batch = lay_out(
         [[example]], architecture=architecture, length=40, targets_length=30, bos_id=0, pad_id=0,
-        members=2 if isinstance(example, Members) else 1,
+        members=2 if isinstance(example, Members) else 1, sees_ahead=True,
     )  # fmt: skip
     row = {name: array[0] for name, array in batch.items()}
     return dict(show.as_lines(drawn, row, VOCABULARY)), show.as_json(drawn, row, VOCABULARY)

@@ -27,6 +27,7 @@ def laid_out(*examples, architecture, length=12, features=(), across=True, membe
     batch = lay_out(
         [examples], architecture=architecture, length=length, targets_length=6, bos_id=0,
         pad_id=0, features=features, attend_across_documents=across, members=members,
+        sees_ahead=True,
     )  # fmt: skip
     return {name: array[0] for name, array in batch.items()}
 
