@@ -52,7 +52,7 @@ README = ROOT / "README.md"
 MARKS = ("<!-- compile reports: make compile-reports -->\n", "<!-- end of compile reports -->\n")
 HEAD = (
     "page", "chips", "preset", "parameters", "peak / memory a device", "FLOPs / model's",
-    "collectives / floor", "compile time", "MFU at most",
+    "collectives / floor", "compile time", "MFU, about",
 )  # fmt: skip
 
 
