@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import pathlib
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks import side_by_side
 from benchmarks.side_by_side import Contender, Page, attempted, fastest, race, rows
 from benchmarks.train_step_cases import CASES, Case
 from t5like.inference.compiled import Decoding
@@ -160,16 +160,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = side_by_side.parser(__doc__)
     parser.add_argument("--cases", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, help="of a prompt; 256 for T5 and 64 for Llama")
     parser.add_argument("--new_tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--alone", action="store_true", help="without PyTorch")
-    parser.add_argument("--out", type=pathlib.Path, help="a file for the same markdown")
     return parser.parse_args(arguments)
 
 

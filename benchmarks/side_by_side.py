@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.metadata
 import os
@@ -40,6 +41,16 @@ class Contender:
     def reset(self) -> Contender:
         """Itself, not yet timed."""
         return dataclasses.replace(self, seconds=[], cpu=[])
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """A benchmark's command line, with the rounds of a race and the page to write."""
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--rounds", type=int, default=5)
+    made.add_argument("--out", type=pathlib.Path, help="a file for the same markdown")
+    return made
 
 
 def race(contenders: Sequence[Contender], rounds: int, calls: int) -> None:

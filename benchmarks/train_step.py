@@ -34,13 +34,13 @@ import argparse
 import dataclasses
 import gc
 import os
-import pathlib
 import sys
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
+from benchmarks import side_by_side
 from benchmarks.side_by_side import Contender, Page, attempted, fastest, race, rows
 from benchmarks.train_step_cases import CASES, Case, ours
 from t5like.training.step import run_key
@@ -149,15 +149,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = side_by_side.parser(__doc__)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="updates a contender and round")
     parser.add_argument("--alone", action="store_true", help="without PyTorch")
     parser.add_argument("--quick", action="store_true", help="one of PyTorch's settings alone")
-    parser.add_argument("--out", type=pathlib.Path, help="a file for the same markdown")
     parser.add_argument("--hardware", action="store_true", help="see train_step_hardware.py")
     return parser.parse_args(arguments)
 

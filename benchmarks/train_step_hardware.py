@@ -23,13 +23,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-import pathlib
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 
 import jax
 
+from benchmarks import side_by_side
 from benchmarks.side_by_side import Page
 from benchmarks.train_step_cases import LLAMA, T5, Case, ours
 from objectives.causal_lm import CausalLM
@@ -143,16 +143,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = side_by_side.parser(__doc__)
     parser.add_argument("--models", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--rows", nargs="+", type=int, help="of a batch")
     parser.add_argument(
         "--remat", nargs="+", default=["none", "dots", "full"], choices=["none", "dots", "full"]
     )
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=5, help="of a round")
     parser.add_argument("--tiny", action="store_true", help="a small shape, to check the script")
-    parser.add_argument("--out", type=pathlib.Path, help="a file for the same markdown")
     return parser.parse_args(arguments)

@@ -82,9 +82,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     """Parses flags, calls `main(positional arguments)`, and exits with its status.
 
     A UserError, or a file that cannot be read or written, ends in one line and status 1 (75 for
-    what a restart cures). Other
-    exceptions keep their traceback: they are ours to mend. Of several processes, the end of one
-    in an error is that of all.
+    what a restart cures). Other exceptions keep their traceback: they are ours to mend. Of
+    several processes, the end of one in an error is that of all.
     """
 
     def guarded(argv: list[str]) -> None:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 # Bits of an element.
 _BITS = {
@@ -135,6 +135,12 @@ class Computation:
 
     def operands(self, instruction: Instruction) -> tuple[Instruction, ...]:
         return tuple(self.by_name[o] for o in instruction.operands if o in self.by_name)
+
+    def origin(self, instruction: Instruction, opcodes: Collection[str]) -> Instruction:
+        """What an instruction passes on, seen through those of some opcodes."""
+        while instruction.opcode in opcodes and self.operands(instruction):
+            instruction = self.operands(instruction)[0]
+        return instruction
 
 
 @dataclasses.dataclass(frozen=True)

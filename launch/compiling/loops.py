@@ -55,20 +55,13 @@ def _comparison(condition: Computation, module: Module):
 
 
 def _parameter(instruction: Instruction, computation: Computation) -> int | None:
-    instruction = _origin(instruction, computation)
+    instruction = computation.origin(instruction, _PASSED_ON)
     return int(instruction.arguments) if instruction.opcode == "parameter" else None
-
-
-def _origin(instruction: Instruction, computation: Computation) -> Instruction:
-    """What an instruction passes on."""
-    while instruction.opcode in _PASSED_ON and computation.operands(instruction):
-        instruction = computation.operands(instruction)[0]
-    return instruction
 
 
 def _index(instruction: Instruction, computation: Computation) -> int | None:
     """Which element of the computation's one (tuple) parameter an instruction is."""
-    instruction = _origin(instruction, computation)
+    instruction = computation.origin(instruction, _PASSED_ON)
     if instruction.opcode != "get-tuple-element":
         return None
     [operand] = computation.operands(instruction)
@@ -78,7 +71,7 @@ def _index(instruction: Instruction, computation: Computation) -> int | None:
 def _constant(
     instruction: Instruction, computation: Computation, loop: Instruction, parent: Computation
 ) -> int | None:
-    instruction = _origin(instruction, computation)
+    instruction = computation.origin(instruction, _PASSED_ON)
     if instruction.opcode == "constant":
         return _number(instruction)
     index = _index(instruction, computation)
@@ -92,10 +85,10 @@ def _number(instruction: Instruction) -> int | None:
 def _initial(index: int, loop: Instruction, parent: Computation) -> int | None:
     """The constant that a loop's element starts as."""
     [carried] = parent.operands(loop)
-    carried = _origin(carried, parent)
+    carried = parent.origin(carried, _PASSED_ON)
     if carried.opcode != "tuple":
         return None
-    element = _origin(parent.by_name[carried.operands[index]], parent)
+    element = parent.origin(parent.by_name[carried.operands[index]], _PASSED_ON)
     return _number(element) if element.opcode == "constant" else None
 
 
@@ -103,17 +96,17 @@ def _step(index: int, body: Computation, module: Module) -> int | None:
     """What the body adds to the element; None where it is no constant."""
     if body.root.opcode != "tuple":
         return None
-    added = _origin(body.by_name[body.root.operands[index]], body)
+    added = body.origin(body.by_name[body.root.operands[index]], _PASSED_ON)
     inside, outer = body, None
     if added.opcode == "fusion":
         inside, outer = module.computations[added.called["calls"]], body.operands(added)
-        added = _origin(inside.root, inside)
+        added = inside.origin(inside.root, _PASSED_ON)
     if added.opcode not in ("add", "subtract"):
         return None
     for operand in inside.operands(added):
-        operand = _origin(operand, inside)
+        operand = inside.origin(operand, _PASSED_ON)
         if outer is not None and operand.opcode == "parameter":
-            operand = _origin(outer[int(operand.arguments)], body)
+            operand = body.origin(outer[int(operand.arguments)], _PASSED_ON)
         if operand.opcode == "constant":
             number = _number(operand)
             return -number if number and added.opcode == "subtract" else number

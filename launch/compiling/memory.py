@@ -149,13 +149,10 @@ def _source(
         root, outer = inside.root, computation.operands(instruction)
         if root.opcode == "tuple" and number < len(inside.operands(root)):
             root = inside.operands(root)[number]
-    while root.opcode in _SEEN_THROUGH and inside.operands(root):
-        root = inside.operands(root)[0]
+    root = inside.origin(root, _SEEN_THROUGH)
     if root.opcode != "dynamic-update-slice":
         return root.source if "op_name=" in root.text else instruction.source
-    update = inside.operands(root)[1]
-    while update.opcode in _SEEN_THROUGH and inside.operands(update):
-        update = inside.operands(update)[0]
+    update = inside.origin(inside.operands(root)[1], _SEEN_THROUGH)
     if update.opcode == "parameter" and outer and int(update.arguments) < len(outer):
         update = outer[int(update.arguments)]
     return update.source

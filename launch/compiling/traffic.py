@@ -98,11 +98,8 @@ def _read(parameter: Instruction, inside: Computation, whole: float, module: Mod
 
 def _update(result: Instruction, inside: Computation) -> tuple[str, float] | None:
     """(parameter, bytes) where a fusion's result is one of its operands with a slice replaced."""
-    while result.opcode in _SEEN_THROUGH and inside.operands(result):
-        result = inside.operands(result)[0]
+    result = inside.origin(result, _SEEN_THROUGH)
     if result.opcode != "dynamic-update-slice":
         return None
     target, update = inside.operands(result)[:2]
-    while target.opcode in _SEEN_THROUGH and inside.operands(target):
-        target = inside.operands(target)[0]
-    return target.name, update.bytes
+    return inside.origin(target, _SEEN_THROUGH).name, update.bytes

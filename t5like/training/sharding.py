@@ -65,9 +65,9 @@ class Sharding:
                 f"Sharding.{left[0]} and Sharding.{left[1]} are both -1: one of them at most can "
                 "be what the other axes leave over"
             )
-        sharding_rules.over_defaults(self.rules)
+        _ = self.logical_rules
 
-    @property
+    @functools.cached_property
     def logical_rules(self) -> Rules:
         """Logical axis -> mesh axes, defaults included."""
         return sharding_rules.over_defaults(self.rules)

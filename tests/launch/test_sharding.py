@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
-from tests.launch.runs import ROOT, environment
+from tests import many_devices
+from tests.launch.runs import ROOT
 from tests.launch.sharded_runs import PRESETS, THOROUGH
 from tests.launch.test_every_objective import PAGES
 
 
 def test_every_objective_is_the_same_on_every_mesh(tmp_path):
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.launch.sharded_runs", str(tmp_path)],
-        env=environment(**flags), cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+    done = many_devices.run(8, "-m", "tests.launch.sharded_runs", str(tmp_path))
     assert done.returncode == 0, done.stderr[-5000:]
     said = done.stdout.splitlines()
     assert {"refuses", "initialises in pieces", "goes on"} <= set(said)

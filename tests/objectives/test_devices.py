@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import flax.linen as nn
 import jax
 import numpy as np
@@ -20,6 +15,7 @@ from t5like.data.layout import lay_out
 from t5like.data.rng import generator
 from t5like.models.config import ModelConfig
 from t5like.training.sharding import Sharding, put_replicated
+from tests import many_devices
 from tests.objectives.toy_corpus import VOCABULARY, toy_corpus
 
 OBJECTIVES = {
@@ -75,12 +71,7 @@ def compare():
 
 
 def test_one_device_equals_four():
-    root = str(pathlib.Path(__file__).resolve().parents[2])
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([root, *sys.path])}
-    run = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True
-    )
+    run = many_devices.run(4, __file__)
     assert run.returncode == 0, run.stderr
     said = {name: terms for name, *terms in map(str.split, run.stdout.splitlines())}
     assert said.keys() == OBJECTIVES.keys()

@@ -1,9 +1,5 @@
 """One update: accumulation is exact, terms are global sums over global weights."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +9,7 @@ from t5like.errors import UserError
 from t5like.training import optimizers, state as state_lib, step as step_lib
 from t5like.training.schedules import Constant
 from t5like.training.terms import Term
+from tests import many_devices
 
 OPTIMIZER = optimizers.AdamW(learning_rate=Constant(0.1))
 
@@ -170,9 +167,5 @@ else:
 
 
 def test_one_device_equals_four():
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run(
-        [sys.executable, "-c", SEVERAL_DEVICES], env=env, capture_output=True, text=True
-    )
+    run = many_devices.run(4, "-c", SEVERAL_DEVICES)
     assert run.returncode == 0, run.stderr
