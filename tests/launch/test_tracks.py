@@ -15,6 +15,7 @@ from launch import assemble, config as config_lib, networks, training
 from t5like.data.plans import PlannedBatches
 from t5like.errors import UserError
 from t5like.training.budget import Budget
+from t5like.training.state import Frozen
 from t5like.training.tracks import spent
 from tests.launch.runs import ROOT, environment, metrics, tiny, write_text
 from tests.launch.test_train import arrays, same_run
@@ -264,24 +265,31 @@ def test_networks_that_disagree_about_a_parameter_are_refused(parts):
 
 def test_each_track_reads_its_own_frozen_trees(parts):
     @dataclasses.dataclass
-    class Frozen:
+    class Taught:
         tree: object
 
         def frozen(self, config):
-            return self.tree
+            return None if self.tree is None else Frozen.of(self.tree)
 
     _, data, found, _ = parts
 
     def frozen(**trees):
-        tracks = {name: Frozen(tree) for name, tree in trees.items()}
-        return networks.assemble_frozen(dataclasses.replace(data, tracks=tracks))
+        """What a run of tracks with such trees has, read to this device."""
+        tracks = {name: Taught(tree) for name, tree in trees.items()}
+        made = networks.assemble_frozen(dataclasses.replace(data, tracks=tracks))
+        if made is None:
+            return None
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        placed = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)  # noqa: E731
+        return made.read(jax.tree.map(placed, made.shapes))
 
-    assert frozen(a={"teacher": 1}) == {"teacher": 1}
+    teacher = {"teacher": np.float32(1)}
+    assert frozen(a=teacher) == teacher
     assert frozen(a=None) is None and frozen(a=None, b=None) is None
-    both = frozen(CausalLM=None, MaskedLM={"teacher": 1})
+    both = frozen(CausalLM=None, MaskedLM=teacher)
     reading = {
         name: dataclasses.replace(network, loss=lambda params, frozen, *rest: frozen)
         for name, network in found.items()
     }
     seen = {n: training.make_track(data, reading, n).loss_fn({}, both) for n in found}
-    assert seen == {"CausalLM": None, "MaskedLM": {"teacher": 1}}
+    assert seen == {"CausalLM": None, "MaskedLM": teacher}
